@@ -1,0 +1,173 @@
+"""Cheap exact arithmetic on parsed answers: rationals under a size budget, identities modulo a prime, rough floats.
+
+Nothing here can run long: every intermediate result is bounded before it is computed.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from fractions import Fraction
+from functools import reduce
+
+from rftt_lightning.answers.parse import Node
+
+MAX_BITS = 12_000
+"""Largest numerator or denominator, in bits (some 3,600 decimal digits)."""
+PRIME = 2**255 - 19
+_ROOT_OF_MINUS_ONE = pow(2, (PRIME - 1) // 4, PRIME)
+
+
+class Undecided(ArithmeticError):
+    """Not computable by this cheap means (wrong kind, undefined, or over budget)."""
+
+
+def rational(node: Node) -> Fraction:
+    """The exact value; raises :class:`Undecided` for anything irrational, symbolic, undefined or too large."""
+    if node.op == "num":
+        return _bounded(Fraction(node.value))
+    if node.op == "base":
+        return _in_base(node.args[0].value, int(node.value))
+    if node.op not in _RATIONAL and node.op != "call":
+        raise Undecided(node.op)
+    args = [rational(arg) for arg in node.args]
+    try:
+        rule = _CALLS[node.value] if node.op == "call" else _RATIONAL[node.op]
+        return _bounded(rule(*args))
+    except (KeyError, ZeroDivisionError, TypeError) as error:
+        raise Undecided(f"{node.op}{node.value}") from error
+
+
+def _bounded(value: Fraction | int) -> Fraction:
+    value = Fraction(value)
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+        raise Undecided("too large")
+    return value
+
+
+def _power(base: Fraction, exponent: Fraction) -> Fraction:
+    if exponent.denominator != 1:
+        return _power(_root(base, Fraction(exponent.denominator)), Fraction(exponent.numerator))
+    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
+    if abs(exponent) * max(bits - 1, 0) > MAX_BITS or (bits > 1 and abs(exponent) > MAX_BITS):
+        raise Undecided("too large")
+    return base ** (int(exponent) % 2 if bits <= 1 and base else int(exponent))
+
+
+def _root(value: Fraction, index: Fraction) -> Fraction:
+    """Exact real root of a non-negative rational."""
+    if index.denominator != 1 or not 1 <= index <= 64 or value < 0:
+        raise Undecided("root")
+    parts = [_integer_root(part, int(index)) for part in (value.numerator, value.denominator)]
+    return Fraction(*parts)
+
+
+def _integer_root(value: int, index: int) -> int:
+    low, high = 0, 1 << -(-value.bit_length() // index)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if middle**index <= value else (low, middle - 1)
+    if low**index != value:
+        raise Undecided("irrational root")
+    return low
+
+
+def _whole(value: Fraction, limit: int) -> int:
+    if value.denominator != 1 or not 0 <= value <= limit:
+        raise Undecided("not a small whole number")
+    return int(value)
+
+
+def _binomial(top: Fraction, bottom: Fraction) -> int:
+    return math.comb(_whole(top, 5000), _whole(bottom, 5000))
+
+
+def _modulo(value: Fraction, modulus: Fraction) -> Fraction:
+    return value % modulus if modulus > 0 else _undecided()
+
+
+def _undecided() -> Fraction:
+    raise Undecided("modulus")
+
+
+def _in_base(digits: str, base: int) -> Fraction:
+    try:
+        return _bounded(int(digits, base))
+    except ValueError as error:
+        raise Undecided(f"{digits} in base {base}") from error
+
+
+_RATIONAL = {
+    "+": lambda *terms: reduce(lambda a, b: _bounded(a + b), terms), "*": lambda a, b: a * b, "/": lambda a, b: a / b,
+    "neg": lambda a: -a, "^": _power, "root": _root, "!": lambda a: math.factorial(_whole(a, 1200)), "binom": _binomial, "abs": abs, "floor": math.floor,
+    "ceil": math.ceil, "mod": _modulo, "percent": lambda a: a / 100, "ratio": lambda a, b: a / b,
+}  # fmt: skip
+_CALLS = {
+    "max": max, "min": min, "gcd": lambda a, b: math.gcd(_whole(a, 10**30), _whole(b, 10**30)),
+    "lcm": lambda a, b: math.lcm(_whole(a, 10**30), _whole(b, 10**30)),
+}  # fmt: skip
+
+
+def same_polynomial(left: Node, right: Node) -> bool:
+    """Are these rational functions (of symbols, pi and i) identical? Values at random points modulo a 255-bit prime: unequal
+    is certain (pi is transcendental), equal wrong with probability below 2^-200. Raises :class:`Undecided` for others."""
+    names = left.symbols() | right.symbols() | {"pi"}
+    for _ in range(4):  # a pole at one random point is possible and improbable
+        point = {name: random.SystemRandom().randrange(2, PRIME - 1) for name in names} | {"i": _ROOT_OF_MINUS_ONE}
+        return _residue(left, point) == _residue(right, point)
+    raise Undecided("poles")
+
+
+def _residue(node: Node, point: Mapping[str, int]) -> int:
+    if node.op == "sym" and node.value in point:
+        return point[node.value]
+    if node.op == "+":
+        return sum(_residue(arg, point) for arg in node.args) % PRIME
+    if node.op == "neg":
+        return -_residue(node.args[0], point) % PRIME
+    if node.op == "*":
+        return _residue(node.args[0], point) * _residue(node.args[1], point) % PRIME
+    if node.op == "/":
+        return _residue(node.args[0], point) * _inverse(_residue(node.args[1], point)) % PRIME
+    if node.op == "^":
+        exponent = rational(node.args[1])
+        if exponent.denominator != 1 or abs(exponent) > 10**6:
+            raise Undecided("exponent")
+        base = _residue(node.args[0], point)
+        return pow(base if exponent >= 0 else _inverse(base), abs(int(exponent)), PRIME)
+    value = rational(node)
+    return value.numerator * _inverse(value.denominator) % PRIME
+
+
+def _inverse(value: int) -> int:
+    if value % PRIME == 0:
+        raise Undecided("division by zero")
+    return pow(value, -1, PRIME)
+
+
+def approximate(node: Node) -> float:
+    """A rough value for ordering interval ends; raises :class:`Undecided` when there is none."""
+    if node.op == "sym" and node.value in _FLOATS:
+        return _FLOATS[node.value]
+    try:
+        return float(rational(node))
+    except (Undecided, OverflowError):
+        pass
+    try:
+        return _approximations[node.op](*[approximate(arg) for arg in node.args])
+    except (KeyError, ArithmeticError, ValueError, TypeError) as error:
+        raise Undecided(node.op) from error
+
+
+_FLOATS = {"pi": math.pi, "e": math.e, "oo": math.inf}
+
+
+def _real_root(value: float, index: float) -> float:
+    return math.pow(value, 1 / index)
+
+
+_approximations = {
+    "+": lambda *terms: sum(terms), "*": lambda a, b: a * b, "/": lambda a, b: a / b, "neg": lambda a: -a, "^": math.pow,
+    "root": _real_root, "abs": abs, "percent": lambda a: a / 100,
+}  # fmt: skip

@@ -1,0 +1,152 @@
+r"""The final answer of a response: ``<output>``, then ``\boxed``, ``#### 18``, "the answer is …", the last formula or number."""
+
+from __future__ import annotations
+
+import re
+
+TAIL = 200_000
+"""Characters at the end of a response that are searched."""
+
+_SPECIAL = re.compile(r"<\|[^|<>]{1,40}\|>|</?s>|<eos>|<pad>")
+_OUTPUT = re.compile(r"<output>(.*?)(?:</output>|$)", re.DOTALL)
+_BOX = re.compile(r"\\{1,2}(?:boxed|fbox)(?![a-zA-Z])")
+_HASH = re.compile(r"####[ \t]*([^\n]*)")
+_MARK = re.compile(
+    r"(?:final\s+)?answer(?:\s*(?:is|are|equals|=)\b\s*:?|\s*:|\*\*\s*:?|\s*:\*\*)|(?:final answer|answer)\s*(?:\*\*)?\s*\n", re.IGNORECASE
+)
+_MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$([^$]+?)(?<!\\)\$", re.DOTALL)
+_NUMBER = re.compile(r"[-−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:[.,]\d+)?(?:\s*/\s*\d+)?\s*%?|[-−]?\.\d+")
+_BETWEEN = re.compile(r"\b[a-zA-Z](?:_\{?\w+\}?)?(?:\([a-zA-Z]\))?\s*=|\\(?:quad|qquad|text|[\[\]();,! ])|[$\s{}~+.:*\\\[\]]")
+
+
+def boxes(text: str) -> list[tuple[int, int, str]]:
+    r"""The last complete ``\boxed`` groups, as (start, end, content), at most eight. An unclosed one is none."""
+    found = []
+    for match in [*_BOX.finditer(text)][-8:]:
+        span = _group(text, match.end())
+        if span:
+            found.append((match.start(), span[1], text[span[0] : span[1] - (text[span[1] - 1] == "}")].strip()))
+    outer = [box for box in found if not any(o[0] < box[0] and box[1] <= o[1] for o in found)]
+    return outer
+
+
+def _group(text: str, at: int) -> tuple[int, int] | None:
+    r"""Where the group after position ``at`` begins and ends (its brace included); ``\boxed 14`` has no braces."""
+    while at < len(text) and text[at] in " \t\n":
+        at += 1
+    if at < len(text) and text[at] != "{":
+        match = re.compile(r"[-\w.]+").match(text, at)
+        return (at, match.end()) if match else None
+    depth = 0
+    for brace in re.compile(r"\\[{}\\]|[{}]").finditer(text, at):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0 and brace[0] == "}":
+            return at + 1, brace.end()
+    return None
+
+
+def _boxed(text: str) -> str | None:
+    r"""The last box, joined with those before it that the text links by "and", "or" or a comma."""
+    found = boxes(text)
+    if not found:
+        return None
+    joint = [found[-1]]
+    for box in reversed(found[:-1]):
+        if not _linked(text[box[1] : joint[0][0]]):
+            break
+        joint.insert(0, box)
+    return " ; ".join(dict.fromkeys(content for _, _, content in joint))
+
+
+def _linked(between: str) -> bool:
+    if len(between) > 200:
+        return False
+    plain = _BETWEEN.sub(" ", between)
+    links = re.findall(r"[,;]|\b(?:and|or)\b", plain)
+    labels = re.sub(r"[,;]|\b(?:and|or)\b", " ", plain).split()
+    return len(links) <= 1 and len(labels) <= (4 if links else 0) and not re.search(r"[a-z]{2}\.\s", between)
+
+
+def extract(response: str | None) -> str | None:
+    """The final answer stated in a whole response, as written; None if there is none.
+
+    The content of the last ``<output>`` is read when there is one. Time is linear in the length of the response.
+    """
+    if not response:
+        return None
+    text = _SPECIAL.sub(" ", response[-TAIL:]).strip()
+    if "<output>" in text:
+        text = _OUTPUT.findall(text[text.rindex("<output>") :])[-1]
+    text = re.sub(r"</?(?:[a-z_]{3,20})>", "\n", text) if "<" in text else text
+    last = re.compile(r".*final answer(?: is|:)", re.IGNORECASE | re.DOTALL).match(text, len(text) - min(len(text), 300))
+    if last and not _BOX.search(text, last.end()) and boxes(text):
+        return _after_mark(text)  # a final answer stated after every box
+    for read in (_boxed, _after_hashes, _after_mark):
+        answer = read(text)
+        if answer is not None:
+            return answer.strip() or None
+        if read is _boxed and _BOX.search(text):
+            return None  # a box was opened and never closed: truncated
+    return _last_statement(text)
+
+
+def _after_hashes(text: str) -> str | None:
+    found = _HASH.findall(text)
+    return found[-1] if found else None
+
+
+def _after_mark(text: str) -> str | None:
+    marks = list(_MARK.finditer(text[-4000:]))
+    if not marks:
+        return None
+    rest = re.sub(r'^(?:\\"|["*\s])+', "", text[-4000:][marks[-1].end() :]).strip()
+    return _stated(rest) if rest else None
+
+
+def _stated(rest: str) -> str:
+    """What a statement says: a formula at its head, the words up to its end, else the last formula or number in it."""
+    formula = _MATH.match(rest)
+    if formula:
+        follow = re.match(r"\s*(?:,|and|or)*\s*", rest[formula.end() :])
+        more = _MATH.match(rest, formula.end() + (follow.end() if follow else 0))
+        return rest[: more.end()] if more else next(filter(None, formula.groups()))
+    sentence = re.split(r"\n|(?<=[^\s.])[.!](?:\s|$)|,? (?:not|since|because|as|which)\b", rest, maxsplit=1)[0].strip(" *")
+    if len(sentence.split()) <= 4 and not _MATH.search(sentence):
+        return sentence
+    return _last_statement(sentence) or sentence
+
+
+def _last_statement(text: str) -> str | None:
+    """Bare answers come back whole; of prose the last formula, else the last number, of its last line that has one."""
+    lines = [line.strip() for line in text[-4000:].strip().split("\n") if line.strip()]
+    if not lines:
+        return None
+    if not _is_prose(text[-4000:]):
+        return text.strip()
+    formulas = [next(filter(None, match.groups())) for match in _MATH.finditer(text[-4000:])]
+    if formulas and not re.search(r"\d", _MATH.sub("", lines[-1])):
+        return formulas[-1].strip()
+    for line in reversed(lines):
+        formulas = [next(filter(None, match.groups())) for match in _MATH.finditer(line)]
+        numbers = [m for m in _NUMBER.finditer(line) if not (m.start() and (line[m.start() - 1].isalnum()))]
+        if formulas and (not numbers or line.rindex(formulas[-1]) >= numbers[-1].start() - len(formulas[-1])):
+            return formulas[-1].strip()
+        if numbers:
+            return numbers[-1][0].strip()
+    return None
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text, as written."""
+    found = [m[0] for m in _NUMBER.finditer(text[-4000:])]
+    return found[-1].strip() if found else None
+
+
+def _is_prose(text: str) -> bool:
+    """Three or more ordinary words outside formulas and text groups."""
+    if len(text) > 3000:
+        return True
+    plain = re.sub(r"\\(?:text|mbox|textbf|mathrm|textrm)\s*\{[^{}]*\}|\\[a-zA-Z]+", " ", text)
+    words = re.findall(r"[^\W\d_]{2,}", plain)
+    outside = re.findall(r"[^\W\d_]{2,}", _MATH.sub(" ", plain))
+    return len(words) >= 4 and len(outside) >= 3 or bool(len(outside) >= 1 and _MATH.search(text))

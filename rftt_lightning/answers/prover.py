@@ -1,0 +1,194 @@
+"""The inside of a worker: builds sympy expressions from checked trees and proves or refutes equality.
+
+Runs only as ``python -m rftt_lightning.answers.prover``, under limits; talks JSON lines. Text never reaches sympy's parsers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import select
+import sys
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import mpmath
+import sympy
+from sympy import functions as sf
+
+MEMORY = 1 << 30
+"""Address space of a worker, bytes."""
+DIGITS = 50
+
+_CALLS: dict[str, Callable[..., Any]] = {
+    "sin": sf.sin, "cos": sf.cos, "tan": sf.tan, "cot": sf.cot, "sec": sf.sec, "csc": sf.csc, "arcsin": sf.asin, "arccos": sf.acos,
+    "arctan": sf.atan, "sinh": sf.sinh, "cosh": sf.cosh, "tanh": sf.tanh, "arcsinh": sf.asinh, "arccosh": sf.acosh,
+    "arctanh": sf.atanh, "ln": sf.log, "exp": sf.exp, "max": sf.Max, "min": sf.Min, "gcd": sympy.gcd, "lcm": sympy.lcm,
+}  # fmt: skip
+_OPS: dict[str, Callable[..., Any]] = {
+    "+": lambda *terms: sympy.Add(*terms), "*": lambda a, b: a * b, "/": lambda a, b: a / b, "neg": lambda a: -a,
+    "^": lambda a, b: a**b, "root": lambda a, n: a ** (1 / n), "!": sf.factorial, "binom": sf.binomial, "abs": sf.Abs,
+    "floor": sf.floor, "ceil": sf.ceiling, "mod": sympy.Mod, "percent": lambda a: a / 100, "ratio": lambda a, b: a / b,
+}  # fmt: skip
+_CONSTANTS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "oo": sympy.oo}
+
+
+class Unsupported(ValueError):
+    """This tree is no expression for sympy."""
+
+
+def build(tree: list[Any], positive: bool) -> Any:
+    op, value, children = tree
+    if op == "num":
+        return sympy.Rational(value)
+    if op == "base":
+        return sympy.Integer(int(children[0][1], int(value)))
+    if op == "sym":
+        return _CONSTANTS.get(value) or sympy.Symbol(value, positive=True if positive else None, real=True)
+    if op == "matrix" or op == "det":
+        matrix = sympy.Matrix([[build(cell, positive) for cell in row[2]] for row in children])
+        return matrix.det() if op == "det" else matrix
+    args = [build(child, positive) for child in children]
+    if op == "call" and value == "log":
+        return sf.log(args[0]) / sf.log(args[1] if len(args) > 1 else 10)
+    if op == "call" and value in _CALLS:
+        return _CALLS[value](*args)
+    if op == "call":
+        return sympy.Function(value)(*args)
+    if op == "unit" and value.startswith("degree"):
+        return args[0] * sympy.pi / 180
+    if op not in _OPS:
+        raise Unsupported(op)
+    return _OPS[op](*args)
+
+
+def equal(left: list[Any], right: list[Any]) -> bool | None:
+    """True if proved, False if refuted, None if neither."""
+    if build(left, False) == build(right, False):
+        return True
+    a, b = build(left, True), build(right, True)
+    if isinstance(a, sympy.MatrixBase) or isinstance(b, sympy.MatrixBase):
+        return _equal_matrices(a, b)
+    difference = a - b
+    if difference is sympy.nan or difference.has(sympy.zoo, sympy.nan):
+        return False
+    if _differ_numerically(difference):
+        return False
+    if (a.free_symbols or b.free_symbols) and _differ_at_real_points(left, right):
+        return False
+    return True if difference == 0 or _is_zero(difference) else None
+
+
+def _equal_matrices(a: Any, b: Any) -> bool | None:
+    if not (isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase)) or a.shape != b.shape:
+        return False
+    cells = [_is_zero(cell) for cell in a - b]
+    return True if all(cells) else None
+
+
+def _differ_numerically(difference: Any) -> bool:
+    """At three points with positive coordinates, to some 40 digits."""
+    names = sorted(difference.free_symbols, key=str)
+    for seed in range(3):
+        draw = random.Random(seed)
+        point = {name: sympy.Rational(draw.randrange(1, 4000), 1009) for name in names}
+        value = _number(difference.subs(point))
+        if value is not None and abs(value) > mpmath.mpf(10) ** (-DIGITS // 2):
+            return True
+    return False
+
+
+def _number(expression: Any) -> Any:
+    value = expression.evalf(DIGITS, maxn=400)
+    if not value.is_number or value.has(sympy.nan, sympy.zoo, sympy.oo):
+        return None
+    with mpmath.workdps(DIGITS):
+        parts = [mpmath.mpmathify(str(part)) for part in value.as_real_imag() if part.is_Float or part.is_Rational]
+        return mpmath.hypot(*parts) if len(parts) == 2 else None
+
+
+def _differ_at_real_points(left: list[Any], right: list[Any]) -> bool:
+    """|x| and x agree for positive x: look where coordinates have any sign and both sides are real."""
+    a, b = build(left, False), build(right, False)
+    names = sorted(a.free_symbols | b.free_symbols, key=str)
+    for seed in range(4):
+        draw = random.Random(100 + seed)
+        point = {name: sympy.Rational(draw.choice((-1, 1)) * draw.randrange(1, 4000), 1009) for name in names}
+        values = [side.subs(point).evalf(DIGITS, maxn=400) for side in (a, b)]
+        if all(value.is_Float or value.is_Rational for value in values) and abs(values[0] - values[1]) > sympy.Float(10) ** -25:
+            return True
+    return False
+
+
+def _is_zero(difference: Any) -> bool:
+    steps: list[Callable[[Any], Any]] = [
+        sympy.expand, lambda d: sympy.cancel(sympy.together(d)), sympy.radsimp, lambda d: sympy.expand(d, func=True, trig=True),
+        lambda d: sympy.expand_log(sympy.logcombine(d, force=True), force=True), sympy.simplify,
+        lambda d: sympy.simplify(d.rewrite(sympy.exp)), lambda d: sympy.simplify(sympy.combsimp(d.rewrite(sympy.gamma))),
+    ]  # fmt: skip
+    for step in steps:
+        try:
+            if step(difference) == 0:
+                return True
+        except (sympy.PolynomialError, NotImplementedError, TypeError, AttributeError):
+            continue  # one way of several; another may do
+    return bool(not difference.free_symbols and _algebraic_zero(difference)) or difference.equals(0) is True
+
+
+def _algebraic_zero(difference: Any) -> bool:
+    try:
+        return sympy.minimal_polynomial(difference, polys=True) == sympy.minimal_polynomial(sympy.Integer(0), polys=True)
+    except (sympy.polys.polyerrors.NotAlgebraic, NotImplementedError):
+        return False
+
+
+def proportional(left: list[Any], right: list[Any]) -> int:
+    """Sign of the constant k in left = k * right (numerators alone if the trees are equations' sides); 0 if there is none."""
+    a, b = (sympy.expand(sympy.fraction(sympy.together(build(t, True)))[0]) for t in (left, right))
+    if a == 0 or b == 0:
+        return int(a == b)
+    ratio = sympy.simplify(a / b)
+    return 0 if ratio.free_symbols or not ratio.is_number or ratio.is_zero else (1 if ratio.is_positive else -1)
+
+
+def digits(tree: list[Any]) -> str | None:
+    """The value of a real constant to 30 decimal digits."""
+    value = build(tree, True).evalf(40, maxn=400)
+    return str(value) if value.is_Float or value.is_Rational else None
+
+
+_QUESTIONS = {"equal": equal, "proportional": proportional, "digits": digits}
+
+
+def answer(line: str) -> Any:
+    question, trees, seconds = json.loads(line)
+    spent = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (spent + int(seconds) + 2, hard))
+    try:
+        return _QUESTIONS[question](*trees)
+    except MemoryError:
+        os._exit(1)  # the parent counts a time-out and starts a clean worker
+    except Exception:  # noqa: BLE001  the border of the worker: whatever sympy raises means "not proved", and the caller says so
+        return None
+
+
+def main() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    sys.setrecursionlimit(3000)
+    reduce(lambda a, b: a + b, [sympy.sqrt(2), sympy.sqrt(3)]).evalf(5)  # warm up
+    parent = os.getppid()
+    print("ready", flush=True)
+    while os.getppid() == parent:  # a killed parent leaves no orphan
+        if select.select([sys.stdin], [], [], 5.0)[0]:
+            line = sys.stdin.readline()
+            if not line:
+                return
+            print(json.dumps(answer(line)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

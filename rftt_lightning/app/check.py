@@ -1,0 +1,71 @@
+"""``rftt check FILE.jsonl --output OUT.jsonl`` judges pairs of gold and response; ``rftt check --explain GOLD RESPONSE`` one."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from rftt_lightning.answers import verify, verify_many
+from rftt_lightning.core.contracts import Status, UserError, Verdict
+from rftt_lightning.search.problems import read_jsonl
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = ArgumentParser(prog="rftt check", description="Judge answers: field gold against field response of each line.")
+    parser.add_argument("file", nargs="?", help="JSONL with the fields gold and response; other fields are carried through")
+    parser.add_argument("--output", type=str | None, help="where to write each line with verdict and rule added")
+    parser.add_argument("--explain", nargs=2, metavar=("GOLD", "RESPONSE"), help="judge one pair and say why")
+    parser.add_argument("--kind", type=str | None, help="what responses are: answer, response, or null to find out")
+    parser.add_argument("--workers", type=int, default=2, help="prover processes at work at the same time")
+    options = parser.parse_args(args)
+    if options.explain:
+        gold, response = options.explain
+        print(explain(verify(gold, response, kind=options.kind)))
+        return 0
+    if options.file is None:
+        raise UserError("nothing to check; give a JSONL file, or --explain GOLD RESPONSE")
+    return check_file(options.file, options.output, options.kind, options.workers)
+
+
+def explain(verdict: Verdict) -> str:
+    left, right = verdict.forms or ("", "")
+    lines = [
+        f"verdict   {verdict.status}",
+        f"rule      {verdict.rule}",
+        f"gold      {verdict.gold}",
+        f"answer    {verdict.answer}",
+    ]
+    return "\n".join(lines + [f"compared  {left}  with  {right}"] * bool(verdict.forms))
+
+
+def check_file(path: str, output: str | None, kind: str | None = None, workers: int = 2) -> int:
+    """Judge every line; print how many of each verdict; write the lines with ``verdict``, ``rule`` and ``answer``."""
+    rows = []
+    for place, row in read_jsonl(path):
+        missing = {"gold", "response"} - row.keys()
+        if missing:
+            raise UserError(f"{place}: no field {' and '.join(sorted(missing))}; each line needs gold and response")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} has no lines; each line needs gold and response")
+    pairs = [(str(row["gold"]), None if row["response"] is None else str(row["response"])) for row in rows]
+    verdicts = verify_many(pairs, kind=kind, workers=workers)
+    if output:
+        _write(output, rows, verdicts)
+    counts = Counter(verdict.status for verdict in verdicts)
+    print(f"{len(rows)} pairs: " + ", ".join(f"{counts[status]} {status}" for status in Status))
+    return 0
+
+
+def _write(output: str, rows: list[dict], verdicts: list[Verdict]) -> None:  # type: ignore[type-arg]
+    try:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        with open(output, "w", encoding="utf-8") as file:
+            for row, verdict in zip(rows, verdicts, strict=True):
+                added = {"verdict": str(verdict.status), "rule": verdict.rule, "answer": verdict.answer}
+                file.write(json.dumps({**row, **added}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}; choose a writable path") from error

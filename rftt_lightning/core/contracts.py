@@ -1,0 +1,292 @@
+"""Records that cross rooms, and the three classes a user may swap by ``class_path``. Read this file first.
+
+The life of a token: a :class:`ProblemSource` gives a :class:`Problem`; search asks a :class:`Backend` with a
+:class:`Request` and gets a :class:`Completion` made of :class:`Segment` s; a path of segments is a :class:`Rollout`; a
+:class:`Reward` gives it a :class:`Score`; training learns from scored rollouts. Curation turns rollouts of phase 1 into
+:class:`Trajectory` records, which SFT learns from.
+
+Token ids are the truth: a segment keeps exactly the ids that the model saw or wrote. Text is for people and judges.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from rftt_lightning.core.tokens import TokenTable
+
+QUESTION = "question"
+"""Name of the grammar state before the first segment."""
+
+
+class UserError(Exception):
+    """A mistake of the caller's. Its message is ONE line that says what is wrong and how to mend it; the CLI exits 2."""
+
+
+class Provenance(IntEnum):
+    """Who chose a token. Only SAMPLED tokens are on-policy samples; objectives may keep, mask or weight the others."""
+
+    SAMPLED = 0
+    ARGMAX = 1  # the policy's favourite functional token, followed in simulation
+    UCT = 2  # tree search chose this functional token
+
+
+class Status(StrEnum):
+    """What became of an answer. Every judged response counts in exactly one of these."""
+
+    RIGHT = "right"
+    WRONG = "wrong"
+    NO_ANSWER = "no_answer"
+    UNPARSABLE_GOLD = "unparsable_gold"
+    TIMED_OUT = "timed_out"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question. ``Problem(id="gsm8k/test/0", question="Janet's ducks …", answer="18")``.
+
+    ``answer`` is the gold answer as its benchmark's own parser read it; ``data`` is what the domain's judge needs beyond
+    it (JSON types only). ``level`` and ``subject`` are for grouping results.
+    """
+
+    id: str
+    question: str
+    answer: str = ""
+    level: str = ""
+    subject: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Step(NamedTuple):
+    """A segment as people and judges read it: ``Step("next_step", "3 * 7 = 21 ; 12 21")``. No tags inside ``text``."""
+
+    tag: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judged response and why: ``Verdict(Status.RIGHT, answer="1/2", gold="0.5", rule="rational")``.
+
+    ``answer`` is what was extracted (None when nothing was), ``forms`` the normal forms that were compared, ``rule``
+    names the rule that decided.
+    """
+
+    status: Status
+    answer: str | None = None
+    gold: str | None = None
+    rule: str = ""
+    forms: tuple[str, str] | None = None
+
+    @property
+    def right(self) -> bool:
+        return self.status is Status.RIGHT
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One functional segment; one node of a tree.
+
+    With functional tokens (phase 2, inference) ``tokens`` is the opening token, the content, and the closing token
+    (absent if cut, then ``closed`` is False); with functional prompts (phase 1) it is the content alone.
+    ``logprobs`` are log-probabilities (nats, ≤ 0) under the distribution that was really sampled from: grammar mask,
+    temperature, top-p and pruning included; for a forced token they are those of the same distribution before
+    pruning. ``provenance`` holds :class:`Provenance` values. All three have one length.
+    ``priors`` are the policy's probabilities (sum 1) of the legal functional tokens that may follow; empty if the
+    segment is terminal or not closed, and in phase 1. ``version`` counts the policy updates before it was written.
+
+    >>> Segment("output", (130, 7, 146), (-0.1, -0.2, 0.0), (0, 0, 0), text="7", closed=True)  # doctest: +ELLIPSIS
+    Segment(tag='output', ...)
+    """
+
+    tag: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    provenance: tuple[int, ...]
+    text: str
+    closed: bool
+    priors: Mapping[str, float] = field(default_factory=dict)
+    version: int = 0
+
+    @property
+    def step(self) -> Step:
+        return Step(self.tag, self.text)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. ``Sampling(temperature=0.7, top_p=0.95)``; temperature 0 is greedy.
+
+    ``boundary`` says how the functional token at a boundary is chosen: ``"sample"`` from the policy, or ``"argmax"``.
+    Functional tokens less probable than ``min_prior`` are never drawn (the rest is renormalised).
+    ``max_segment_tokens`` caps one segment, tags included.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    boundary: str = "sample"
+    min_prior: float = 0.0
+    max_segment_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_prior < 1 or self.max_segment_tokens < 1:
+            raise UserError(
+                f"sampling out of range: {self}; need temperature >= 0, 0 < top_p <= 1, 0 <= min_prior < 1, "
+                "max_segment_tokens >= 1"
+            )
+        if self.boundary not in ("sample", "argmax"):
+            raise UserError(f"sampling.boundary is {self.boundary!r}; use 'sample' or 'argmax'")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What search asks of a backend: continue ``prompt``.
+
+    Free text (phase 1, CoT): ``after`` is None; the completion is one segment with tag ``force`` (a name only, no token
+    is written) that ends at the model's end-of-turn token, which is not part of it.
+    Functional tokens: ``after`` is the tag of the last closed segment (:data:`QUESTION` at the root). If ``force`` is a
+    tag, its opening token is written first with provenance ``forced_as``; else the policy chooses. Generation stops when
+    ``segments`` segments have closed (0: no such limit), a terminal segment closes, or ``max_tokens`` are written.
+    Equal requests have equal answers: all randomness comes from ``seed`` and the position.
+    """
+
+    prompt: tuple[int, ...]
+    seed: int
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    after: str | None = None
+    force: str | None = None
+    forced_as: Provenance = Provenance.UCT
+    segments: int = 1
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a backend answers. ``priors`` are those before the first segment (empty in free text).
+
+    ``computed`` counts the token positions that went through the model for it (prefill and decode).
+    """
+
+    segments: tuple[Segment, ...]
+    priors: Mapping[str, float] = field(default_factory=dict)
+    computed: int = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """A path's worth. ``value`` in [0, 1] is what search backs up; ``rewards`` (one per segment, any sign) are what
+    training puts on the last token of each segment; ``steps`` are the step checker's or PRM's scores in [0, 1], None where
+    a segment has none."""
+
+    verdict: Verdict
+    value: float
+    rewards: tuple[float, ...]
+    steps: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One select-expand-simulate-backup pass, as the path it ended on.
+
+    ``prompt`` ids and then the segments' ids are exactly what the model saw. ``complete``: the last segment is terminal and
+    closed. ``nodes`` are the path's node numbers in its tree, root excluded.
+    """
+
+    problem: Problem
+    prompt: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    complete: bool
+    nodes: tuple[int, ...] = ()
+    score: Score | None = None
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return tuple(segment.step for segment in self.segments)
+
+    @property
+    def length(self) -> int:
+        """Response tokens."""
+        return sum(len(segment.tokens) for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """An annotated reasoning path, made by curation, that SFT learns from.
+
+    ``train[i]`` False keeps step i in the context and out of the loss (wrong branches, if so configured). ``kind`` is
+    ``"plain"``, or ``"merged"`` (wrong branch, verify, refine, correct branch). ``lineage`` names tree and nodes.
+    """
+
+    problem: Problem
+    steps: tuple[Step, ...]
+    train: tuple[bool, ...]
+    kind: str
+    lineage: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Trajectory:
+        steps = tuple(Step(*step) for step in data["steps"])
+        return cls(Problem(**data["problem"]), steps, tuple(data["train"]), data["kind"], data["lineage"])
+
+
+class Message(NamedTuple):
+    """One turn of a chat; ``role`` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+class ProblemSource(ABC):
+    """A domain: its problems, and who is right about them. Swap by ``class_path`` for a domain of your own."""
+
+    @abstractmethod
+    def problems(self) -> Sequence[Problem]:
+        """All problems, always in the same order, ids unique. Raises :class:`UserError` on a malformed or empty source."""
+
+    @abstractmethod
+    def judge(self, problem: Problem, response: str) -> Verdict:
+        """Is a response right? ``response`` is the path rendered with tags (``<output>…</output>`` holds the answer when
+        there is one) or plain text (CoT). Never raises on model output."""
+
+    def judge_many(self, items: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+        """Verdicts in the order of ``items``; override where a batch is cheaper."""
+        return [self.judge(problem, response) for problem, response in items]
+
+    def output(self, answer: str) -> str:
+        r"""Text of the ``<output>`` segment that states an extracted answer; maths: ``The answer is \boxed{…}.``"""
+        return f"The answer is \\boxed{{{answer}}}."
+
+    def check_steps(self, problem: Problem, steps: Sequence[Step]) -> list[float | None]:
+        """Exact step scores in [0, 1], None where a step computes nothing. A domain without a checker scores nothing."""
+        return [None] * len(steps)
+
+
+class Reward(ABC):
+    """Scores paths. Swap by ``class_path``."""
+
+    @abstractmethod
+    def score(self, source: ProblemSource, rollouts: Sequence[Rollout]) -> list[Score]:
+        """One score per rollout, in order; all verdicts asked of ``source`` in one batch."""
+
+
+class Backend(ABC):
+    """A policy that continues token sequences. ``tokens`` is its functional-token table; ``version`` counts its updates."""
+
+    tokens: TokenTable
+    version: int = 0
+
+    @abstractmethod
+    def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Ids of the chat-templated messages, ending where the assistant's turn begins."""
+
+    @abstractmethod
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Completions in the order of ``requests``, any number of requests; batching inside is the backend's affair."""

@@ -1,0 +1,229 @@
+"""The search tree of one problem, as parallel arrays. It knows tags as opaque words and tokens as numbers.
+
+A node is one functional segment; node 0 is the question. A node is *planned* (tag and prior known, no segment yet) until a
+rollout visits it. Three verbs move it: :meth:`Tree.select` says where the next rollout begins, :meth:`Tree.fill` and
+:meth:`Tree.plan` record what the backend wrote there, :meth:`Tree.backup` gives the finished path its worth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from rftt_lightning.core.contracts import QUESTION, Problem, Provenance, Rollout, Score, Segment, Status, Verdict
+
+
+class Plan(NamedTuple):
+    """A child that search may visit: its tag, the policy's probability of it, and who would be choosing it."""
+
+    tag: str
+    prior: float
+    chosen: Provenance = Provenance.UCT
+
+
+@dataclass
+class Tree:
+    """``tree = Tree(problem, prompt)``; all lists are indexed by node number.
+
+    ``visits`` N and ``values`` W = sum of backed-up values in [0, 1] give Q = W / N. ``ends`` holds None for a node that may
+    be continued, True for a complete leaf (terminal segment, closed), False for a dead one (a budget was spent, or the
+    segment broke off). ``held`` counts rollouts under way (virtual loss: visits of value 0). ``spent`` marks subtrees in
+    which nothing is left to visit. ``leaves`` lists (leaf, score) in the order in which the rollouts ended.
+    """
+
+    problem: Problem
+    prompt: tuple[int, ...]
+    parent: list[int] = field(default_factory=lambda: [-1])
+    children: list[list[int]] = field(default_factory=lambda: [[]])
+    plans: list[Plan] = field(default_factory=lambda: [Plan(QUESTION, 1.0)])
+    segments: list[Segment | None] = field(default_factory=lambda: [None])
+    visits: list[int] = field(default_factory=lambda: [0])
+    values: list[float] = field(default_factory=lambda: [0.0])
+    ends: list[bool | None] = field(default_factory=lambda: [None])
+    held: list[int] = field(default_factory=lambda: [0])
+    spent: list[bool] = field(default_factory=lambda: [False])
+    leaves: list[tuple[int, Score]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.parent)
+
+    # -- where to go ---------------------------------------------------------------------------------------------------
+
+    def uct(self, node: int, c: float) -> float:
+        """Q/N + c sqrt(ln N(parent) / N(child)), rollouts under way counted as visits of value 0 (arXiv 2502.13389, eq. 2)."""
+        visits = self.visits[node] + self.held[node]
+        parent = self.visits[self.parent[node]] + self.held[self.parent[node]]
+        return self.values[node] / visits + c * math.sqrt(math.log(parent) / visits)
+
+    def select(self, c: float, node: int = 0) -> int | None:
+        """The node at or below ``node`` at which the next rollout begins: planned children first, in their order of
+        preference, else the child of the highest UCT, down to a node that has no segment yet. Where all below that child is
+        held by rollouts under way, the next best is tried; None while nothing is free."""
+        fresh = [k for k in self.children[node] if self.segments[k] is None and not self.held[k]]
+        if fresh:
+            return fresh[0]
+        known = [k for k in self.children[node] if self.segments[k] is not None and not self.spent[k]]
+        for child in sorted(known, key=lambda k: self.uct(k, c), reverse=True):
+            found = self.select(c, child)
+            if found is not None:
+                return found
+        unasked = node == 0 and not self.children[0] and not self.held[0]
+        return 0 if unasked else None
+
+    def hold(self, node: int, by: int = 1) -> None:
+        """Count a rollout under way on the path to ``node`` (``by=-1`` releases it)."""
+        for k in (*self.path(node), 0):
+            self.held[k] += by
+
+    # -- what was found ------------------------------------------------------------------------------------------------
+
+    def plan(self, node: int, plans: Iterable[Plan]) -> list[int]:
+        """Add children without segments below ``node``, in order of preference; returns their numbers."""
+        added = []
+        for plan in plans:
+            added.append(len(self.parent))
+            self.children[node].append(len(self.parent))
+            self.parent.append(node)
+            self.children.append([])
+            self.plans.append(plan)
+            self.segments.append(None)
+            self.visits.append(0)
+            self.values.append(0.0)
+            self.ends.append(None)
+            self.held.append(0)
+            self.spent.append(False)
+        return added
+
+    def fill(self, node: int, segment: Segment) -> None:
+        """Record what was written at a planned node."""
+        if node == 0 or self.segments[node] is not None or segment.tag != self.plans[node].tag:
+            raise ValueError(f"node {node} ({self.plans[node].tag}) cannot take a segment {segment.tag!r}")
+        self.segments[node] = segment
+
+    def end(self, node: int, complete: bool) -> None:
+        """Declare a node a leaf: complete, or dead."""
+        self.ends[node] = complete
+
+    def backup(self, leaf: int, score: Score) -> None:
+        """Add a finished rollout's value along its path."""
+        self.leaves.append((leaf, score))
+        for node in (*reversed(self.path(leaf)), 0):
+            self.visits[node] += 1
+            self.values[node] += score.value
+            self.spent[node] = self._spent(node)
+
+    def _spent(self, node: int) -> bool:
+        kids = self.children[node]
+        return self.ends[node] is not None or bool(kids) and all(self.spent[k] for k in kids)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def tag(self, node: int) -> str:
+        return self.plans[node].tag
+
+    def path(self, node: int) -> list[int]:
+        """Node numbers from below the root down to ``node``; empty for the root."""
+        path: list[int] = []
+        while node > 0:
+            path.append(node)
+            node = self.parent[node]
+        return path[::-1]
+
+    def path_segments(self, node: int) -> list[Segment]:
+        """The segments of the visited nodes on the path to ``node``."""
+        return [s for k in self.path(node) if (s := self.segments[k]) is not None]
+
+    def tokens(self, node: int) -> tuple[int, ...]:
+        """Prompt and segments down to ``node``: exactly what the model saw (functional tokens only, not prompts)."""
+        return self.prompt + tuple(t for segment in self.path_segments(node) for t in segment.tokens)
+
+    def rollout(self, leaf: int, score: Score | None = None) -> Rollout:
+        path = tuple(self.path(leaf))
+        return Rollout(self.problem, self.prompt, tuple(self.path_segments(leaf)), bool(self.ends[leaf]), path, score)
+
+    def rollouts(self) -> list[Rollout]:
+        """Scored rollouts in the order in which they ended."""
+        return [self.rollout(leaf, score) for leaf, score in self.leaves]
+
+    def check(self) -> None:
+        """Raise ValueError naming the node at which an invariant of a tree at rest is broken."""
+        ended = [0] * len(self)
+        worth = [0.0] * len(self)
+        for leaf, score in self.leaves:
+            ended[leaf] += 1
+            worth[leaf] += score.value
+        for k in range(len(self)):
+            kids, segment = self.children[k], self.segments[k]
+            total = worth[k] + sum(self.values[i] for i in kids)
+            rules = {
+                "a child is younger than its parent": all(kid > k and self.parent[kid] == k for kid in kids),
+                "its parent lists it once": k == 0 or self.children[self.parent[k]].count(k) == 1,
+                "N = rollouts ended here + N of children": self.visits[k] == ended[k] + sum(self.visits[i] for i in kids),
+                "W = values ended here + W of children": math.isclose(self.values[k], total, abs_tol=1e-9),
+                "0 <= W <= N": -1e-9 <= self.values[k] <= self.visits[k] + 1e-9,
+                "visited nodes have segments": k == 0 or (self.visits[k] > 0) == (segment is not None),
+                "a segment has the tag that was planned": segment is None or segment.tag == self.tag(k),
+                "a leaf has no children": self.ends[k] is None or not kids,
+                "one rollout ends at a leaf, none elsewhere": ended[k] == (self.ends[k] is not None),
+                "spent: a leaf, or all children spent": self.spent[k] == self._spent(k),
+                "nothing is under way": self.held[k] == 0,
+            }
+            for rule, holds in rules.items():
+                if not holds:
+                    raise ValueError(f"tree of {self.problem.id}, node {k} ({self.tag(k)}): broken: {rule}")
+
+    def render(self, width: int = 60) -> str:
+        """The visited tree as text, one node a line: tag, N, Q, beginning of the content, verdict at leaves."""
+        verdicts = {leaf: score.verdict.status.value for leaf, score in self.leaves}
+        lines = [f"{self.problem.id}: {self.problem.question}"]
+        for node, indent in self._walk():
+            segment = self.segments[node]
+            text = " ".join(segment.text.split()) if segment else ""
+            mean = self.values[node] / max(self.visits[node], 1)
+            end = f"  [{verdicts[node]}]" if node in verdicts else ""
+            lines.append(f"{indent}{self.tag(node)} N={self.visits[node]} Q={mean:.2f}  {text[:width]}{end}")
+        return "\n".join(lines)
+
+    def _walk(self) -> Iterator[tuple[int, str]]:
+        stack = [(k, "") for k in reversed(self.children[0])]
+        while stack:
+            node, indent = stack.pop()
+            if self.segments[node] is None:
+                continue
+            last = not any(self.segments[k] for k in self.children[self.parent[node]] if k > node)
+            yield node, indent + ("└─ " if last else "├─ ")
+            below = indent + ("   " if last else "│  ")
+            stack.extend((k, below) for k in reversed(self.children[node]))
+
+    # -- JSON ----------------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON types only; :meth:`from_json` gives an equal tree back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Tree:
+        lists = {name: list(data[name]) for name in ("parent", "children", "visits", "values", "ends", "held", "spent")}
+        return cls(
+            problem=Problem(**data["problem"]),
+            prompt=tuple(data["prompt"]),
+            plans=[Plan(tag, prior, Provenance(chosen)) for tag, prior, chosen in data["plans"]],
+            segments=[None if s is None else _segment(s) for s in data["segments"]],
+            leaves=[(leaf, _score(score)) for leaf, score in data["leaves"]],
+            **lists,
+        )
+
+
+def _segment(data: Mapping[str, Any]) -> Segment:
+    rows = {name: tuple(data[name]) for name in ("tokens", "logprobs", "provenance")}
+    return Segment(**{**data, **rows})
+
+
+def _score(data: Mapping[str, Any]) -> Score:
+    verdict = data["verdict"]
+    forms = verdict["forms"] and tuple(verdict["forms"])
+    verdict = Verdict(**{**verdict, "status": Status(verdict["status"]), "forms": forms})
+    return Score(verdict, data["value"], tuple(data["rewards"]), tuple(data["steps"]))
