@@ -96,14 +96,15 @@ class ScriptedBackend(Backend):
     def _free(self, request: Request) -> Completion:
         assert request.force is not None and request.max_tokens >= 1
         room = min(request.max_tokens, request.sampling.max_segment_tokens)
-        context, logprobs, closed = list(request.prompt), [], False
-        while len(logprobs) < room and not closed:
+        context, logprobs = list(request.prompt), []
+        while True:
             spread = _top_p(_heat(self._content(context, ""), request.sampling), request.sampling)
             word = _draw(spread, uniform(request.seed, len(context)))
-            closed = word == ""
-            if not closed:
-                context += self.encode(word)
-                logprobs.append(math.log(spread[word]))
+            closed = word == ""  # no token of the segment: a turn may end when its room is full, too
+            if closed or len(logprobs) == room:
+                break
+            context += self.encode(word)
+            logprobs.append(math.log(spread[word]))
         ids = tuple(context[len(request.prompt) :])
         provenance = (int(Provenance.SAMPLED),) * len(ids)
         segment = Segment(

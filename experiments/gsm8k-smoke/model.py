@@ -6,6 +6,7 @@ family, chat template, padded vocabulary and untied head as Qwen2.5-7B-Instruct.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -74,14 +75,14 @@ def random_model(tokenizer: PreTrainedTokenizerFast, seed: int, turn: int) -> Qw
 
 
 @torch.no_grad()
-def _end_turns(model: Qwen2ForCausalLM, end: int, turn: int) -> None:
-    """Give the end of a turn a probability of about 1/``turn``; a random model would hardly ever stop.
+def _end_turns(model: Qwen2ForCausalLM, end: int, turn: int, temperature: float = 0.7) -> None:
+    """Give the end of a turn a probability of about 1/``turn`` at this temperature; a random model would hardly ever stop.
 
-    Without a bias in the head, one hidden dimension is made constant and the head reads it.
+    The head has no bias, so one hidden dimension is made constant and only the head's row of ``end`` reads it.
     """
-    probe = torch.arange(0, 200)[None]
-    model.model.embed_tokens.weight[:, 0] = 1.0
-    hidden = model.model(probe).last_hidden_state[0, :, 0].mean()
-    others = torch.logsumexp(model(probe).logits[0], -1).mean()
+    model.model.embed_tokens.weight[:, 0] = 0.2
     model.lm_head.weight[:, 0] = 0.0
-    model.lm_head.weight[end, 0] = (others - torch.log(torch.tensor(turn - 1.0))) / hidden
+    hidden = model.model(torch.arange(3, 200)[None]).last_hidden_state[0]
+    others = torch.logsumexp(hidden @ model.lm_head.weight.T / temperature, -1).mean()
+    model.lm_head.weight[end] = 0.0
+    model.lm_head.weight[end, 0] = temperature * (others - math.log(turn - 1)) / hidden[:, 0].mean()

@@ -17,11 +17,15 @@ _SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789
 _SUBSCRIPT = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
 _DROPPED = re.compile(
-    r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|boldsymbol|bm|mathbf|textcolor\{\w+\}|color\{\w+\}|unit)(?![a-zA-Z])"
+    r"\\(?:left\.|right\.|left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|boldsymbol|bm|mathbf|textcolor\{\w+\}|color\{\w+\}|unit)(?![a-zA-Z])"
 )
-_SPACING = re.compile(r"(?<!\\)\\(?:[,;:> ]|quad(?=[^a-zA-Z]|$|[a-zA-Z])|qquad|hspace\{[^{}]*\}|phantom\{[^{}]*\}|par\b)|~|(?<!\\)\\(?=$|\s)")
+_SPACING = re.compile(
+    r"(?<!\\)\\(?:[,;:> ]|quad(?=[^a-zA-Z]|$|[a-zA-Z])|qquad|hspace\{[^{}]*\}|phantom\{[^{}]*\}|par\b)|~|(?<!\\)\\(?=$|\s)"
+)
 _ASIDE = re.compile(r"[,.]?\s*\\text\{\s*\(?(?:since|as|because|which|so that|by)\b.*$", re.DOTALL)
-_ENVELOPE = re.compile(r"\\begin\{(?:align|equation|gather)\*?\}|\\end\{(?:align|equation|gather)\*?\}|\\tag\{[^{}]*\}|\\[\[\]()]|\$")
+_ENVELOPE = re.compile(
+    r"\\begin\{(?:align|equation|gather)\*?\}|\\end\{(?:align|equation|gather)\*?\}|\\tag\{[^{}]*\}|\\[\[\]()]|\$"
+)
 _ORDINAL = re.compile(r"(?<=\d)\s*(?:\^\{?)?(?:\\(?:text|mathrm|textrm)\{)?(?:st|nd|rd|th)(?![a-zA-Z])\}{0,2}")
 
 _HALF_DAY = re.compile(r"(?<=:\d\d)\s*(?:\\text\s*\{)?\s*([ap])\.?\s?m\b\.?\s*\}?", re.IGNORECASE)
@@ -59,9 +63,14 @@ def clean(text: str) -> str:
     ):
         text = text.replace("\\\\", "\\")  # escaped twice on its way here
     text = re.sub(r"\{\s*,\s*\}|,\s*\\!\s*|\\!,", ",", text).replace(r"\!", "")
+    text = re.sub(
+        r"\\\$\s*((?:\d|[.,](?=\d))+)(?!\s*(?:\\text\s*\{)?\s*(?:\\[a-z]?frac|dollar|cent|[.\d]))", r"\1 dollars ", text
+    )
     text = text.replace(r"\$", " ").replace("€", " ").replace("£", " ").replace(r"\#", " ")
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
-    text = re.sub(r"\\(?:mbox|textnormal|textrm|textbf|textit|textsf|operatorname\*?|mathit|mathsf)(?=\s*\{)", r"\\text", text)
+    text = re.sub(
+        r"\\(?:mbox|textnormal|textrm|textbf|textit|textsf|operatorname\*?|mathit|mathsf)(?=\s*\{)", r"\\text", text
+    )
     text = re.sub(r"\\mathrm\s*\{([^{}]*)\}", _upright, text)
     text = re.sub(r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\(?:degree|circ)(?![a-zA-Z])", " degrees ", text)
     text = re.sub(r"\\math(?:bf|cal|frak)\s*\{([^{}]*)\}", r"{\1}", text)
@@ -69,9 +78,10 @@ def clean(text: str) -> str:
     text = _ORDINAL.sub("", _SPACING.sub(" ", text))
     text = _HALF_DAY.sub(lambda m: rf"\{m[1].upper()}M ", text)
     text = _LETTERS.sub(r"\1", re.sub(r"\\text\s*\{\s*(?:plus )?infinity\s*\}", r"\\infty ", text))
+    text = re.sub(r"\\text\s*\{\s*(?:all )?real(?: number)?s\s*\}", r"\\mathbb{R}", text)
     text = re.sub(r"(?<=[\d)])(and|or)(?=[A-Z(])", r" \1 ", text)
     text = text.replace("**", "") if text.count("**") == 2 and text.strip().startswith("**") else text
-    text = text.strip()
+    text = re.sub(r"(?<![\w}^_])\{\s*\}(?=.)", " ", text).strip()  # an empty group is nothing
     if text.endswith("..."):
         return text
     return text.rstrip(".,;:!" if re.search(r"[a-zA-Z]!$", text) and " " in text else ".,;:").strip()

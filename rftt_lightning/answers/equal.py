@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Any
 
 from rftt_lightning.answers.exact import (
     Undecided,
@@ -43,7 +44,7 @@ class Comparison:
         if time.monotonic() > self.deadline:
             raise TimedOut("budget spent")
         for form, compare in self._forms():
-            if gold.op in form or answer.op in form:
+            if {gold.op, answer.op, "reals" if _REALS in (gold, answer) else ""} & {*form}:
                 return compare(gold, answer)
         return self._expressions(gold, answer)
 
@@ -52,7 +53,7 @@ class Comparison:
         return [
             (("text",), lambda g, a: self._by("text", words(g) == words(a))),
             (("list", "set", "pm", "mp"), self._lists),
-            (("cup", "cap", "minus", "in", *_ORDERED), self._regions),
+            (("cup", "cap", "minus", "in", "reals", *_ORDERED), self._regions),
             ((_EQUATION, "~"), self._equations),
             (("residue",), self._residues),
             (("tuple",), self._tuples),
@@ -96,7 +97,7 @@ class Comparison:
         proved = self._ask("equal", gold, answer)
         return self._by("unproved" if proved is None else "sympy", proved is True)
 
-    def _ask(self, question: str, *nodes: Node) -> object:
+    def _ask(self, question: str, *nodes: Node) -> Any:
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise TimedOut("budget spent")
@@ -113,6 +114,12 @@ class Comparison:
     def _units(self, gold: Node, answer: Node) -> bool:
         """A missing unit is accepted, a different one is not, a right conversion is."""
         (value, unit), (other, its) = _in_units(gold), _in_units(answer)
+        if {unit, its} <= {"", "degrees^1", "degree^1", "radians^1", "rad^1"} and (_has_pi(value) != _has_pi(other)):
+            sides = [
+                Node("*", (n, Node("/", (sym("pi"), num(180))))) if u[:3] == "deg" else n
+                for n, u in ((value, unit), (other, its))
+            ]
+            return self.equal(*sides)
         if not unit or not its or unit == its:
             return self.equal(value, other)
         factors = [_factor(u) for u in (unit, its)]
@@ -155,6 +162,7 @@ class Comparison:
 
     def _lists(self, gold: Node, answer: Node) -> bool:
         """Order does not matter in sets and bare lists; every value of either side must be among the other's."""
+        gold, answer = (n.args[1] if n.op == _EQUATION and n.args[0].op == "tuple" else n for n in (gold, answer))
         if _interval_like(gold) or _interval_like(answer):
             return self._regions(gold, answer)
         named = [list(_members(node)) for node in (gold, answer)]
@@ -191,6 +199,9 @@ class Comparison:
     def _tuples(self, gold: Node, answer: Node) -> bool:
         if "matrix" in (gold.op, answer.op):
             vector, matrix = (gold, answer) if gold.op == "tuple" else (answer, gold)
+            if all(arg.op == "tuple" for arg in vector.args):
+                rows = [Node("tuple", arg.args, "()") for arg in vector.args]
+                return self._in_order(*((rows, matrix.args) if gold.op == "tuple" else (matrix.args, rows)))
             if len({len(row.args) for row in matrix.args} - {1}) == 0:
                 cells = [row.args[0] for row in matrix.args]
                 sides = (vector.args, cells) if gold.op == "tuple" else (cells, vector.args)
@@ -215,11 +226,15 @@ class Comparison:
         if all(_named(n) and _is_functional(n) for n in sides):
             left, right = (n.args[0] for n in sides)
             same = str(left) == str(right) or {left.op, right.op} == {"sym", "call"}
-            same = same or (left.op == right.op == "call" and len(left.args) == len(right.args) and left.value == right.value)
+            same = same or (
+                left.op == right.op == "call" and len(left.args) == len(right.args) and left.value == right.value
+            )
             if same and self.equal(_value(sides[0]), _value(sides[1])):
                 return True
             if left.op == "sym" and right.op == "sym" and not (_free(sides[0]) | _free(sides[1])):
-                return self._by("assignment", str(left) == str(right) and self.equal(_value(sides[0]), _value(sides[1])))
+                return self._by(
+                    "assignment", str(left) == str(right) and self.equal(_value(sides[0]), _value(sides[1]))
+                )
         if all(n.op == _EQUATION for n in sides):
             return self._same_equation(*sides)
         equation, other = sides if sides[0].op == _EQUATION else sides[::-1]
@@ -243,7 +258,8 @@ class Comparison:
         if regions[0] is not None and regions[1] is not None:
             merged = [_merge(region) for region in regions]
             return self._by("interval", len(merged[0]) == len(merged[1])) and all(
-                g[2:] == a[2:] and self.equal(g[0], a[0]) and self.equal(g[1], a[1]) for g, a in zip(*merged, strict=True)
+                g[2:] == a[2:] and self.equal(g[0], a[0]) and self.equal(g[1], a[1])
+                for g, a in zip(*merged, strict=True)
             )
         if gold.op == "in" or answer.op == "in":
             inner = [n.args[1] if n.op == "in" else n for n in (gold, answer)]
@@ -270,7 +286,9 @@ _PLAIN = frozenset(["num", "sym", "call", "+", "*", "/", "^", "neg", "root", "!"
 def words(node: Node) -> str:
     r"""Text for comparison: case, articles, punctuation and spacing are no difference. ``(B)`` is ``b``."""
     plain = re.sub(r"\\text|[^\w\s]", " ", str(node).lower())
-    return " ".join(word for word in plain.split() if word not in ("a", "an", "the", "answer", "is") or len(plain.split()) == 1)
+    return " ".join(
+        word for word in plain.split() if word not in ("a", "an", "the", "answer", "is") or len(plain.split()) == 1
+    )
 
 
 def _named(node: Node) -> bool:
@@ -333,7 +351,9 @@ def _members(node: Node) -> Sequence[Node]:
         return _members(node.args[1])
     if node.op in (_EQUATION, "~"):
         node = _last_meaning(node)
-        values = _members(node.args[1]) if _named(node) and node.args[1].op in ("list", "set") or _has_sign(node) else ()
+        values = (
+            _members(node.args[1]) if _named(node) and node.args[1].op in ("list", "set") or _has_sign(node) else ()
+        )
         if _has_sign(node):
             return [_resolve(node, sign) for sign in (1, -1)]
         return [Node(_EQUATION, (node.args[0], value)) for value in values] or [node]
@@ -414,6 +434,10 @@ def _in_units(node: Node) -> tuple[Node, str]:
     return node, ""
 
 
+def _has_pi(node: Node) -> bool:
+    return node == sym("pi") or any(_has_pi(arg) for arg in node.args)
+
+
 def _factor(unit: str) -> tuple[str, Fraction] | None:
     if "per" in unit and "^" not in unit:
         parts = [UNITS[name] for name in unit.split("per") if name in UNITS]
@@ -446,6 +470,7 @@ def _same_time(gold: Node, answer: Node) -> bool:
 # -- regions of the real line: pieces (low, high, low closed, high closed)
 
 Piece = tuple[Node, Node, bool, bool]
+_REALS = sym("\\mathbb R")
 _MINUS, _PLUS = Node("neg", (sym("oo"),)), sym("oo")
 
 
@@ -461,14 +486,14 @@ def _region(node: Node) -> list[Piece] | None:
         return [(*node.args, node.value[0] == "[", node.value[-1] == "]")]
     if node.op == "set":
         return [(arg, arg, True, True) for arg in node.args]
-    if node.op == "sym" and node.value == "\\mathbb R":
+    if node == _REALS:
         return [(_MINUS, _PLUS, False, False)]
     if node.op == "in":
         return _region(node.args[1])
     if node.op in ("cup", "list"):
         parts = [_region(arg) for arg in node.args]
         return None if any(part is None for part in parts) else [piece for part in parts for piece in part or ()]
-    if node.op == "minus" and str(node.args[0]) == "\\mathbb R" and node.args[1].op == "set":
+    if node.op == "minus" and node.args[0] == _REALS and node.args[1].op == "set":
         return _without(list(node.args[1].args))
     return _inequality(node) if node.op in _ORDERED else None
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import reduce
+from typing import Any
 
 from rftt_lightning.answers.parse import Node
 
@@ -48,6 +49,8 @@ def _bounded(value: Fraction | int) -> Fraction:
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
     if exponent.denominator != 1:
+        if base < 0:
+            raise Undecided("a fractional power of a negative number")
         return _power(_root(base, Fraction(exponent.denominator)), Fraction(exponent.numerator))
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
     if abs(exponent) * max(bits - 1, 0) > MAX_BITS or (bits > 1 and abs(exponent) > MAX_BITS):
@@ -56,9 +59,11 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
 
 
 def _root(value: Fraction, index: Fraction) -> Fraction:
-    """Exact real root of a non-negative rational."""
-    if index.denominator != 1 or not 1 <= index <= 64 or value < 0:
+    """Exact real root of a rational; odd roots of negative numbers are negative."""
+    if index.denominator != 1 or not 1 <= index <= 64 or (value < 0 and index % 2 == 0):
         raise Undecided("root")
+    if value < 0:
+        return -_root(-value, index)
     parts = [_integer_root(part, int(index)) for part in (value.numerator, value.denominator)]
     return Fraction(*parts)
 
@@ -98,12 +103,12 @@ def _in_base(digits: str, base: int) -> Fraction:
         raise Undecided(f"{digits} in base {base}") from error
 
 
-_RATIONAL = {
+_RATIONAL: dict[str, Callable[..., Any]] = {
     "+": lambda *terms: reduce(lambda a, b: _bounded(a + b), terms), "*": lambda a, b: a * b, "/": lambda a, b: a / b,
     "neg": lambda a: -a, "^": _power, "root": _root, "!": lambda a: math.factorial(_whole(a, 1200)), "binom": _binomial, "abs": abs, "floor": math.floor,
     "ceil": math.ceil, "mod": _modulo, "percent": lambda a: a / 100, "ratio": lambda a, b: a / b,
 }  # fmt: skip
-_CALLS = {
+_CALLS: dict[str, Callable[..., Any]] = {
     "max": max, "min": min, "gcd": lambda a, b: math.gcd(_whole(a, 10**30), _whole(b, 10**30)),
     "lcm": lambda a, b: math.lcm(_whole(a, 10**30), _whole(b, 10**30)),
 }  # fmt: skip
@@ -155,7 +160,7 @@ def approximate(node: Node) -> float:
     except (Undecided, OverflowError):
         pass
     try:
-        return _approximations[node.op](*[approximate(arg) for arg in node.args])
+        return _APPROXIMATIONS[node.op](*[approximate(arg) for arg in node.args])
     except (KeyError, ArithmeticError, ValueError, TypeError) as error:
         raise Undecided(node.op) from error
 
@@ -167,7 +172,7 @@ def _real_root(value: float, index: float) -> float:
     return math.pow(value, 1 / index)
 
 
-_approximations = {
+_APPROXIMATIONS: dict[str, Callable[..., float]] = {
     "+": lambda *terms: sum(terms), "*": lambda a, b: a * b, "/": lambda a, b: a / b, "neg": lambda a: -a, "^": math.pow,
     "root": _real_root, "abs": abs, "percent": lambda a: a / 100,
 }  # fmt: skip

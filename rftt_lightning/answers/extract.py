@@ -12,11 +12,15 @@ _OUTPUT = re.compile(r"<output>(.*?)(?:</output>|$)", re.DOTALL)
 _BOX = re.compile(r"\\{1,2}(?:boxed|fbox)(?![a-zA-Z])")
 _HASH = re.compile(r"####[ \t]*([^\n]*)")
 _MARK = re.compile(
-    r"(?:final\s+)?answer(?:\s*(?:is|are|equals|=)\b\s*:?|\s*:|\*\*\s*:?|\s*:\*\*)|(?:final answer|answer)\s*(?:\*\*)?\s*\n", re.IGNORECASE
+    r"(?:final\s+)?answer(?:\s*(?:is|are|equals|=)\b\s*:?|\s*:|\*\*\s*:?|\s*:\*\*)|(?:final answer|answer)\s*(?:\*\*)?\s*\n",
+    re.IGNORECASE,
 )
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$([^$]+?)(?<!\\)\$", re.DOTALL)
 _NUMBER = re.compile(r"[-−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:[.,]\d+)?(?:\s*/\s*\d+)?\s*%?|[-−]?\.\d+")
-_BETWEEN = re.compile(r"\b[a-zA-Z](?:_\{?\w+\}?)?(?:\([a-zA-Z]\))?\s*=|\\(?:quad|qquad|text|[\[\]();,! ])|[$\s{}~+.:*\\\[\]]")
+_PROSE = re.compile(r"\s*(?:so|thus|hence|therefore|then|we|it|this|that|the|i(?=\s+[a-z]{2}))\b", re.IGNORECASE)
+_BETWEEN = re.compile(
+    r"\b[a-zA-Z](?:_\{?\w+\}?)?(?:\([a-zA-Z]\))?\s*=|\\(?:quad|qquad|text|[\[\]();,! ])|[$\s{}~+.:*\\\[\]]"
+)
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
@@ -78,7 +82,9 @@ def extract(response: str | None) -> str | None:
     if "<output>" in text:
         text = _OUTPUT.findall(text[text.rindex("<output>") :])[-1]
     text = re.sub(r"</?(?:[a-z_]{3,20})>", "\n", text) if "<" in text else text
-    last = re.compile(r".*final answer(?: is|:)", re.IGNORECASE | re.DOTALL).match(text, len(text) - min(len(text), 300))
+    last = re.compile(r".*final answer(?: is|:)", re.IGNORECASE | re.DOTALL).match(
+        text, len(text) - min(len(text), 300)
+    )
     if last and not _BOX.search(text, last.end()) and boxes(text):
         return _after_mark(text)  # a final answer stated after every box
     for read in (_boxed, _after_hashes, _after_mark):
@@ -110,7 +116,9 @@ def _stated(rest: str) -> str:
         follow = re.match(r"\s*(?:,|and|or)*\s*", rest[formula.end() :])
         more = _MATH.match(rest, formula.end() + (follow.end() if follow else 0))
         return rest[: more.end()] if more else next(filter(None, formula.groups()))
-    sentence = re.split(r"\n|(?<=[^\s.])[.!](?:\s|$)|,? (?:not|since|because|as|which)\b", rest, maxsplit=1)[0].strip(" *")
+    sentence = re.split(r"\n|(?<=[^\s.])[.!](?:\s|$)|,? (?:not|since|because|as|which)\b", rest, maxsplit=1)[0].strip(
+        " *"
+    )
     if len(sentence.split()) <= 4 and not _MATH.search(sentence):
         return sentence
     return _last_statement(sentence) or sentence
@@ -133,7 +141,7 @@ def _last_statement(text: str) -> str | None:
             return formulas[-1].strip()
         if numbers:
             return numbers[-1][0].strip()
-    return None
+    return lines[-1] if len(lines[-1].split()) <= 4 else None
 
 
 def last_number(text: str) -> str | None:
@@ -144,7 +152,7 @@ def last_number(text: str) -> str | None:
 
 def _is_prose(text: str) -> bool:
     """Three or more ordinary words outside formulas and text groups."""
-    if len(text) > 3000:
+    if len(text) > 3000 or _PROSE.match(text):
         return True
     plain = re.sub(r"\\(?:text|mbox|textbf|mathrm|textrm)\s*\{[^{}]*\}|\\[a-zA-Z]+", " ", text)
     words = re.findall(r"[^\W\d_]{2,}", plain)

@@ -60,10 +60,68 @@ def sym(name: str) -> Node:
 
 CONSTANTS = frozenset({"pi", "e", "i", "oo"})
 FUNCTIONS = frozenset(
-    ["sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "arcsinh", "arccosh", "arctanh", "ln", "log", "lg", "exp", "max", "min", "gcd", "lcm"]
+    [
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "arcsinh",
+        "arccosh",
+        "arctanh",
+        "ln",
+        "log",
+        "lg",
+        "exp",
+        "max",
+        "min",
+        "gcd",
+        "lcm",
+    ]
 )
 _GREEK = frozenset(
-    ["alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "phi", "varphi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Sigma", "Phi", "Psi", "Omega", "ell", "hbar"]
+    [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "varepsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "vartheta",
+        "kappa",
+        "lambda",
+        "mu",
+        "nu",
+        "xi",
+        "rho",
+        "sigma",
+        "tau",
+        "phi",
+        "varphi",
+        "chi",
+        "psi",
+        "omega",
+        "Gamma",
+        "Delta",
+        "Theta",
+        "Lambda",
+        "Sigma",
+        "Phi",
+        "Psi",
+        "Omega",
+        "ell",
+        "hbar",
+    ]
 )
 RELATIONS = {
     "=": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "==": "=", r"\le": "<=", r"\leq": "<=", r"\leqslant": "<=",
@@ -91,10 +149,40 @@ UNITS = {
     **dict.fromkeys(["degree", "degrees", "deg"], ("angle", "1")), **dict.fromkeys(["rad", "radian", "radians"], ("radians", "1")),
     "mph": ("mph", "1"), "j": ("energy", "1"), "n": ("force", "1"), "hz": ("hz", "1"),
 }  # fmt: skip
-_ONLY_AS_TEXT = frozenset(["s", "h", "m", "in", "g", "l", "j", "n", "min", "sec", "deg", "rad", "mi"])  # as bare letters these are names of quantities
+_ONLY_AS_TEXT = frozenset(
+    ["s", "h", "m", "in", "g", "l", "j", "n", "min", "sec", "deg", "rad", "mi"]
+)  # as bare letters these are names of quantities
+_MONTHS = frozenset(
+    [
+        "january",
+        "february",
+        "march",
+        "april",
+        "may",
+        "june",
+        "july",
+        "august",
+        "september",
+        "october",
+        "november",
+        "december",
+    ]
+)
 _PERCENT = frozenset(["%", "percent", "percents", "percentage", "pct"])
-_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "sixteen": 16}
+_BASES = {
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+    "sixteen": 16,
+}
 
+_BUILDER = re.compile(r"\s*[a-zA-Z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid|\\vert|:|\|)")
 _LEX = re.compile(
     r"\s*(?:(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,6}(?![\d.a-zA-Z]))?)|(?P<cmd>\\[a-zA-Z]+|\\[^a-zA-Z])"
     r"|(?P<word>[a-zA-Z]+)|(?P<op><=|>=|!=|==|\*\*|\S))"
@@ -127,11 +215,15 @@ def _join_numbers(text: str, comma: str) -> str:
     if comma == "decimal":
         text = re.sub(r"^([-\s]*\d+),(\d{2,})(?![\d,.])(?!\s*[,;\d])", r"\1.\2", text)
     elif comma == "group" and not bracketed:
-        text = re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
+        text = re.sub(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
     text = re.sub(r"(?<![\d,.])\d{1,3}(?: \d{3})+(?![\d,/])", lambda m: m[0].replace(" ", ""), text)
     text = re.sub(r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))", _repeating, text)
     text = re.sub(r"(?<!\d)(\d*)\.(\d*)\((\d+)\)(?!\d)()", _repeating, text)
-    return re.sub(r"(?<!\d)(\d{0,40})\.(\d{0,12}?)((\d{1,8}?)\4{1,40})\s*(?:\\[ld]?dots|\.\.\.)", lambda m: _repeating(m, dots=True), text)
+    return re.sub(
+        r"(?<!\d)(\d{0,40})\.(\d{0,12}?)((\d{1,8}?)\4{1,40})\s*(?:\\[ld]?dots|\.\.\.)",
+        lambda m: _repeating(m, dots=True),
+        text,
+    )
 
 
 def _repeating(match: re.Match[str], dots: bool = False) -> str:
@@ -139,7 +231,9 @@ def _repeating(match: re.Match[str], dots: bool = False) -> str:
     cycle = match[4] if dots else match[3] or match[4]
     if dots and len(match[3]) < 3:
         return match[0]
-    value = Fraction(int(whole + head), 10 ** len(head)) + Fraction(int(cycle), (10 ** len(cycle) - 1) * 10 ** len(head))
+    value = Fraction(int(whole + head), 10 ** len(head)) + Fraction(
+        int(cycle), (10 ** len(cycle) - 1) * 10 ** len(head)
+    )
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
@@ -170,9 +264,16 @@ class _Parser:
         word, lower = self.token, self.token.lower()
         if word in FUNCTIONS or word in _GREEK or word in ("pi", "sqrt", "oo"):
             self.kind, self.token = "cmd", "\\" + word
+        elif lower in _MONTHS:
+            self.token = lower
         elif lower in ("infinity", "inf"):
             self.kind, self.token = "cmd", r"\infty"
-        elif lower in _PERCENT or lower in ("and", "or", "mod") or (lower in UNITS and lower not in _ONLY_AS_TEXT) or len(word) > 3:
+        elif (
+            lower in _PERCENT
+            or lower in ("and", "or", "mod")
+            or (lower in UNITS and lower not in _ONLY_AS_TEXT)
+            or len(word) > 3
+        ):
             self.kind = "text"
         else:
             self.token, self.end = word[0], self.end - len(word) + 1
@@ -261,7 +362,9 @@ class _Parser:
             right = self.union()
             left = Node(op, (left, right))
             self.skip_notes()
-        if self.accept(r"\pmod") or (self.token == "(" and re.match(r"\(\s*(?:\\text\{)?\\?mod\b", self.text[self.start :].lstrip())):
+        if self.accept(r"\pmod") or (
+            self.token == "(" and re.match(r"\(\s*(?:\\text\{)?\\?mod\b", self.text[self.start :].lstrip())
+        ):
             return Node("residue", (left.args[-1] if left.op == "=" else left, self._modulus()))
         return left
 
@@ -340,7 +443,9 @@ class _Parser:
         return Node("*", (node, factor))
 
     def unit(self, node: Node) -> Node:
-        words = self.advance().lower().replace(".", " ").replace("^", " ^").split()
+        words = self.advance().lower().replace(".", " ").replace("/", " per ").replace("^", " ^").split()
+        if self.kind == "text" and words and words[-1] in ("square", "cubic", "sq", "cu"):
+            words += self.advance().lower().split()
         power = 1
         for word in words:
             if word in ("square", "sq") or word in ("^2", "^{2}", "squared"):
@@ -463,7 +568,9 @@ class _Parser:
     def _symbol(self) -> Node:
         name = self.advance()
         if self.token == "(" and self.kind == "op":
-            closed = re.match(r"\(\s*[a-zA-Z0-9]\s*\)\s*=|\(\s*[a-zA-Z0-9, +-]{1,12}\)", self.text[self.start :].lstrip())
+            closed = re.match(
+                r"\(\s*[a-zA-Z0-9]\s*\)\s*=|\(\s*[a-zA-Z0-9, +-]{1,12}\)", self.text[self.start :].lstrip()
+            )
             if closed and (name in "fghFGHPW" or closed[0].endswith("=")):
                 inner = self.nested(self.group)
                 return Node("call", inner.args if inner.op == "tuple" else (inner,), name)
@@ -486,6 +593,13 @@ class _Parser:
     def group(self) -> Node:
         opening = self.advance()
         bars, self.bars = self.bars, 0
+        builder = _BUILDER.match(self.text, self.start) if opening == r"\{" else None
+        if builder:  # {x | x > 2} is its condition
+            self.end = builder.end()
+            self.advance()
+            node = self.alternatives()
+            self.expect(r"\}")
+            return node
         node = self.alternatives()
         if opening == "{" and self.accept(r"\choose"):
             node = Node("binom", (node, self.sum()))
@@ -605,10 +719,45 @@ def _proper(fraction: Node) -> bool:
     return all(n.op == "num" and n.value.isdigit() for n in (top, bottom)) and int(top.value) < int(bottom.value)
 
 
-_OPENERS = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), r"\{": (r"\}",), r"\lbrace": (r"\rbrace",), r"\langle": (r"\rangle",)}
+_OPENERS = {
+    "(": (")", "]"),
+    "[": (")", "]"),
+    "{": ("}",),
+    r"\{": (r"\}",),
+    r"\lbrace": (r"\rbrace",),
+    r"\langle": (r"\rangle",),
+}
 _CLOSERS = frozenset(
-    [r"\}", r"\rfloor", r"\rceil", r"\end", "\\\\", r"\cup", r"\cap", r"\setminus", r"\backslash", r"\pm", r"\mp", r"\cdot", r"\times"]
-    + [r"\div", r"\bmod", r"\mod", r"\pmod", r"\rbrace", r"\rangle", r"\rvert", r"\mid", r"\vert", r"\lor", r"\land", r"\vee", r"\wedge"]
+    [
+        r"\}",
+        r"\rfloor",
+        r"\rceil",
+        r"\end",
+        "\\\\",
+        r"\cup",
+        r"\cap",
+        r"\setminus",
+        r"\backslash",
+        r"\pm",
+        r"\mp",
+        r"\cdot",
+        r"\times",
+    ]
+    + [
+        r"\div",
+        r"\bmod",
+        r"\mod",
+        r"\pmod",
+        r"\rbrace",
+        r"\rangle",
+        r"\rvert",
+        r"\mid",
+        r"\vert",
+        r"\lor",
+        r"\land",
+        r"\vee",
+        r"\wedge",
+    ]
     + [r"\ast", r"\%", r"\choose", r"\prime", r"\AM", r"\PM"]
 )
 _STRUCTURAL = frozenset(["end", "over", "right", "left", "choose", "hline", "cline", "multicolumn"])

@@ -30,7 +30,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 _OPS: dict[str, Callable[..., Any]] = {
     "+": lambda *terms: sympy.Add(*terms), "*": lambda a, b: a * b, "/": lambda a, b: a / b, "neg": lambda a: -a,
-    "^": lambda a, b: a**b, "root": lambda a, n: a ** (1 / n), "!": sf.factorial, "binom": sf.binomial, "abs": sf.Abs,
+    "^": lambda a, b: a**b, "root": lambda a, n: _root(a, n), "!": sf.factorial, "binom": sf.binomial, "abs": sf.Abs,
     "floor": sf.floor, "ceil": sf.ceiling, "mod": sympy.Mod, "percent": lambda a: a / 100, "ratio": lambda a, b: a / b,
 }  # fmt: skip
 _CONSTANTS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "oo": sympy.oo}
@@ -63,6 +63,10 @@ def build(tree: list[Any], positive: bool) -> Any:
     if op not in _OPS:
         raise Unsupported(op)
     return _OPS[op](*args)
+
+
+def _root(value: Any, index: Any) -> Any:
+    return -((-value) ** (1 / index)) if value.is_negative and index.is_odd else value ** (1 / index)
 
 
 def equal(left: list[Any], right: list[Any]) -> bool | None:
@@ -118,7 +122,10 @@ def _differ_at_real_points(left: list[Any], right: list[Any]) -> bool:
         draw = random.Random(100 + seed)
         point = {name: sympy.Rational(draw.choice((-1, 1)) * draw.randrange(1, 4000), 1009) for name in names}
         values = [side.subs(point).evalf(DIGITS, maxn=400) for side in (a, b)]
-        if all(value.is_Float or value.is_Rational for value in values) and abs(values[0] - values[1]) > sympy.Float(10) ** -25:
+        if (
+            all(value.is_Float or value.is_Rational for value in values)
+            and abs(values[0] - values[1]) > sympy.Float(10) ** -25
+        ):
             return True
     return False
 
@@ -140,7 +147,9 @@ def _is_zero(difference: Any) -> bool:
 
 def _algebraic_zero(difference: Any) -> bool:
     try:
-        return sympy.minimal_polynomial(difference, polys=True) == sympy.minimal_polynomial(sympy.Integer(0), polys=True)
+        return sympy.minimal_polynomial(difference, polys=True) == sympy.minimal_polynomial(
+            sympy.Integer(0), polys=True
+        )
     except (sympy.polys.polyerrors.NotAlgebraic, NotImplementedError):
         return False
 
@@ -160,7 +169,7 @@ def digits(tree: list[Any]) -> str | None:
     return str(value) if value.is_Float or value.is_Rational else None
 
 
-_QUESTIONS = {"equal": equal, "proportional": proportional, "digits": digits}
+_QUESTIONS: dict[str, Callable[..., Any]] = {"equal": equal, "proportional": proportional, "digits": digits}
 
 
 def answer(line: str) -> Any:

@@ -68,13 +68,14 @@ def _compare(gold: str, answer: str | None, seconds: float) -> Verdict:
         return Verdict(Status.UNPARSABLE_GOLD, answer and answer[:MAX_LENGTH], gold[:MAX_LENGTH], "empty gold")
     if answer is None or not answer.strip():
         return Verdict(Status.NO_ANSWER, None, gold[:MAX_LENGTH], "no answer")
+    if gold.strip() == answer.strip():
+        return Verdict(Status.RIGHT, answer[:MAX_LENGTH], gold[:MAX_LENGTH], "identical")
     if len(gold) <= MAX_LENGTH and len(answer) <= MAX_LENGTH:
         try:
             return _decide(gold_answer(gold), answer, seconds)
         except TimedOut:  # no knowledge, so never cached
             return Verdict(Status.TIMED_OUT, answer, gold, "budget spent")
-    status = Status.RIGHT if gold.strip() == answer.strip() else Status.WRONG
-    return Verdict(status, answer[:MAX_LENGTH], gold[:MAX_LENGTH], "identical" if status is Status.RIGHT else "too long")
+    return Verdict(Status.WRONG, answer[:MAX_LENGTH], gold[:MAX_LENGTH], "too long")
 
 
 @lru_cache(maxsize=4096)
@@ -88,6 +89,8 @@ def _decide(gold: str, answer: str, seconds: float) -> Verdict:
     if choice is not None:
         return Verdict(Status.RIGHT if choice else Status.WRONG, answer, gold, "choice", plain)
     golds, answers = list(_readings(plain[0])), list(_readings(plain[1]))
+    if re.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+", plain[0]):
+        golds = golds[:1]  # a gold 1,234 is a number; an answer may still mean a list
     if not golds:
         return _as_text(gold, answer, plain)
     return _try_readings(gold, answer, golds, answers, Comparison(seconds), plain)
@@ -139,7 +142,11 @@ def _squeeze(text: str) -> str:
 def _wordy(text: str) -> str:
     """The words of a text without formulas; nothing for others."""
     bare = text.replace(r"\text", "")
-    return "" if re.search(r"[^\w\s{}.']|[\d_]", bare) else words(Node("text", value=bare.replace("{", "").replace("}", "")))
+    return (
+        ""
+        if re.search(r"[^\w\s{}.']|_|\d\.|\.\d", bare)
+        else words(Node("text", value=bare.replace("{", "").replace("}", "")))
+    )
 
 
 def _choice(gold: str, answer: str) -> bool | None:

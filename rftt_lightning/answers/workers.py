@@ -86,7 +86,8 @@ class _Worker:
 class Provers:
     """A pool of at most ``size`` workers, started when first needed; ``ask`` may be called from any thread."""
 
-    def __init__(self, size: int = 2) -> None:
+    def __init__(self, size: int = 4) -> None:
+        self.size = size
         self._idle: list[_Worker] = []
         self._lock = threading.Lock()
         self._free = threading.Semaphore(size)
@@ -119,7 +120,7 @@ class Provers:
         for worker in self._idle:
             worker.close()
             worker.process.returncode = 0  # not our child: spare Popen's warning
-        self.__init__()  # type: ignore[misc]
+        self.__init__(self.size)  # type: ignore[misc]
 
 
 PROVERS = Provers()

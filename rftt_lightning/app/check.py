@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -14,8 +16,12 @@ from rftt_lightning.search.problems import read_jsonl
 
 
 def main(args: list[str] | None = None) -> int:
-    parser = ArgumentParser(prog="rftt check", description="Judge answers: field gold against field response of each line.")
-    parser.add_argument("file", nargs="?", help="JSONL with the fields gold and response; other fields are carried through")
+    parser = ArgumentParser(
+        prog="rftt check", description="Judge answers: field gold against field response of each line."
+    )
+    parser.add_argument(
+        "file", nargs="?", help="JSONL with the fields gold and response; other fields are carried through"
+    )
     parser.add_argument("--output", type=str | None, help="where to write each line with verdict and rule added")
     parser.add_argument("--explain", nargs=2, metavar=("GOLD", "RESPONSE"), help="judge one pair and say why")
     parser.add_argument("--kind", type=str | None, help="what responses are: answer, response, or null to find out")
@@ -60,7 +66,7 @@ def check_file(path: str, output: str | None, kind: str | None = None, workers: 
     return 0
 
 
-def _write(output: str, rows: list[dict], verdicts: list[Verdict]) -> None:  # type: ignore[type-arg]
+def _write(output: str, rows: Sequence[Mapping[str, Any]], verdicts: Sequence[Verdict]) -> None:
     try:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         with open(output, "w", encoding="utf-8") as file:

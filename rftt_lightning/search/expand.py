@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -153,6 +154,7 @@ class PromptExpander(Expander):
         tokens: functional-token table (YAML) whose ``prompted`` part says who may follow whom; None is the paper's.
         rollouts: rollouts a problem.
         samples: children of a node per action, ``once`` lists the actions that get only one.
+        final: regular expression; a step whose text it finds has reached the answer and ends its path, whatever its action.
         sampling: how contents are drawn.
         max_depth: segments of a path; max_tokens: tokens of its contents. A path that spends them is dead, value 0.
         c: UCT's exploration weight.
@@ -165,6 +167,7 @@ class PromptExpander(Expander):
         rollouts: int = 16,
         samples: int = 2,
         once: Sequence[str] = ("direct_answer",),
+        final: str = r"\\boxed\{",
         sampling: Sampling = Sampling(temperature=0.7),
         max_depth: int = 15,
         max_tokens: int = 4096,
@@ -175,6 +178,10 @@ class PromptExpander(Expander):
         asked = {tag for row in self.table.prompted.values() for tag in row}
         for name in set(once) - asked:
             raise UserError(f"expander.once names {name!r}; prompted search asks for {', '.join(sorted(asked))}")
+        try:
+            self.final = re.compile(final)
+        except re.error as error:
+            raise UserError(f"expander.final is no regular expression ({error}): {final}") from error
         self.prompts = read_prompts(prompts, sorted(asked))
         self.rollouts, self.samples, self.once, self.sampling = rollouts, samples, tuple(once), sampling
         self.max_depth, self.max_tokens, self.c = max_depth, max_tokens, c
@@ -194,7 +201,7 @@ class PromptExpander(Expander):
         segment = completion.segments[0]
         tree.fill(node, segment)
         path = tree.path_segments(node)
-        terminal = not self.table.prompted.get(segment.tag)
+        terminal = not self.table.prompted.get(segment.tag) or bool(self.final.search(segment.text))
         spent = len(path) >= self.max_depth or sum(len(s.tokens) for s in path) >= self.max_tokens
         if terminal or spent or not segment.closed:
             tree.end(node, complete=terminal and segment.closed)

@@ -50,14 +50,18 @@ class MathProblems(ProblemSource):
             random.Random(self.shuffle_seed).shuffle(found)
         chosen = found[self.start :][: self.limit]
         if not chosen:
-            raise UserError(f"{self.name}: no problem left of {len(found)} from start {self.start}; check the file and start")
+            raise UserError(
+                f"{self.name}: no problem left of {len(found)} from start {self.start}; check the file and start"
+            )
         return chosen
 
     def _read(self, place: str, row: Row, number: int) -> Problem:
         try:
             problem = self.read(row, number)
         except KeyError as error:
-            raise UserError(f"{place}: no field {error}, only {', '.join(map(str, row))}; name the right field") from error
+            raise UserError(
+                f"{place}: no field {error}, only {', '.join(map(str, row))}; name the right field"
+            ) from error
         except (ValueError, TypeError) as error:
             raise UserError(f"{place}: {error}") from error
         if not problem.question.strip():
@@ -102,7 +106,11 @@ class JsonlProblems(MathProblems):
         self.name = Path(self.path).stem if self._is_file() else self.path
 
     def _is_file(self) -> bool:
-        return Path(self.path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", self.path) or self.path.endswith((".jsonl", ".json"))
+        return (
+            Path(self.path).exists()
+            or not re.fullmatch(r"[\w.-]+/[\w.-]+", self.path)
+            or self.path.endswith((".jsonl", ".json"))
+        )
 
     def rows(self) -> Iterator[tuple[str, Row]]:
         return read_jsonl(self.path) if self._is_file() else read_hub(self.path, self.subset, self.split)
@@ -246,7 +254,13 @@ def gold_olympiad(answers: Sequence[str], several: bool, unit: str) -> str:
     unit = unit.replace("$", "").strip()
     if not unit or several:
         return text
-    return f"{text}\\%" if unit in ("%", r"\%") else f"{text} {unit}" if unit.startswith(("^", "\\")) else f"{text} \\text{{{unit}}}"
+    return (
+        f"{text}\\%"
+        if unit in ("%", r"\%")
+        else f"{text} {unit}"
+        if unit.startswith(("^", "\\"))
+        else f"{text} \\text{{{unit}}}"
+    )
 
 
 _GOLDS = {"plain": gold_plain, "hash": gold_hash, "boxed": gold_boxed}
@@ -274,7 +288,9 @@ def _object(line: str, path: str | Path, number: int) -> Row:
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove this line") from error
     if not isinstance(row, dict):
-        raise UserError(f"{path}, line {number}: a JSON {type(row).__name__}, not an object {{…}}; mend or remove this line")
+        raise UserError(
+            f"{path}, line {number}: a JSON {type(row).__name__}, not an object {{…}}; mend or remove this line"
+        )
     return row
 
 
@@ -286,7 +302,9 @@ def read_hub(name: str, subset: str | None, split: str) -> Iterator[tuple[str, R
         data = load_dataset(name, subset, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot load {name!r} ({subset}, {split}) from the hub: {reason}; give a local JSONL path") from error
+        raise UserError(
+            f"cannot load {name!r} ({subset}, {split}) from the hub: {reason}; give a local JSONL path"
+        ) from error
     for number, row in enumerate(data):
         yield f"{name} ({split}), record {number}", row
 
@@ -340,7 +358,9 @@ class Overlap:
         )
 
 
-def check_overlap(train: Sequence[Problem], held_out: Sequence[Problem], ngram: int = 13, share: float = 0.5) -> Overlap:
+def check_overlap(
+    train: Sequence[Problem], held_out: Sequence[Problem], ngram: int = 13, share: float = 0.5
+) -> Overlap:
     """Find training questions that are, or largely quote, a held-out one (n-grams as in arXiv 2005.14165, appendix C).
 
     Near: at least ``share`` of the held-out question's word n-grams occur in ONE training question. Questions shorter than
@@ -377,7 +397,12 @@ def _grams(tokens: tuple[str, ...], ngram: int) -> set[int]:
 
 
 def refuse_overlap(
-    train: Sequence[Problem], held_out: Sequence[Problem], *, allow_overlap: bool = False, ngram: int = 13, share: float = 0.5
+    train: Sequence[Problem],
+    held_out: Sequence[Problem],
+    *,
+    allow_overlap: bool = False,
+    ngram: int = 13,
+    share: float = 0.5,
 ) -> Overlap:
     """:func:`check_overlap`, and a :class:`UserError` if anything is found that was not explicitly allowed."""
     overlap = check_overlap(train, held_out, ngram, share)

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -99,7 +100,14 @@ def test_plain_numbers_need_no_worker(monkeypatch):
         raise AssertionError("a worker was asked")
 
     monkeypatch.setattr(PROVERS, "ask", refuse)
-    for gold, answer in [("1,000", "1000"), (r"\frac12", "0.5"), ("3", "4"), ("(x+1)^2", "x^2+2x+1"), (r"2\pi", r"\pi\cdot 2"), ("x>3", r"(3,\infty)")]:
+    for gold, answer in [
+        ("1,000", "1000"),
+        (r"\frac12", "0.5"),
+        ("3", "4"),
+        ("(x+1)^2", "x^2+2x+1"),
+        (r"2\pi", r"\pi\cdot 2"),
+        ("x>3", r"(3,\infty)"),
+    ]:
         assert verify(gold, rf"\boxed{{{answer}}}").right == (gold != "3")
 
 
@@ -154,3 +162,112 @@ def test_close_leaves_no_process():
 
 def test_only_trees_cross_the_pipe():
     assert json.loads(json.dumps(workers.to_json(parse("2x")))) == ["*", "", [["num", "2", []], ["sym", "x", []]]]
+
+
+PIECES = [
+    r"\frac",
+    r"\sqrt",
+    r"{",
+    r"}",
+    r"(",
+    r")",
+    r"[",
+    r"]",
+    r"\{",
+    r"\}",
+    r",",
+    r";",
+    r":",
+    r"=",
+    r"<",
+    r">",
+    r"\le",
+    r"\in",
+    r"\cup",
+    r"\pm",
+    r"+",
+    r"-",
+    r"*",
+    r"/",
+    r"^",
+    r"_",
+    r"!",
+    r"%",
+    r"|",
+    r"1",
+    r"2",
+    r"0",
+    r"0.5",
+    r"1,000",
+    r"12",
+    r"x",
+    r"y",
+    r"f",
+    r"e",
+    r"i",
+    r"\pi",
+    r"\infty",
+    r"\text{a}",
+    r"\begin{pmatrix}",
+    r"\end{pmatrix}",
+    r"&",
+    r"\\",
+    r"\boxed{",
+    r"$",
+    r"\sin",
+    r"\log",
+    r"\lfloor",
+    r"\rfloor",
+    r"\binom",
+    r"\mathbb{R}",
+    r"and",
+    r"or",
+    r"cm",
+    r"'",
+    r"...",
+    r"\mod",
+    r"\overline",
+    r"####",
+    r"answer",
+    r"is",
+]
+
+
+def test_random_scraps_never_raise_and_equal_themselves_or_nothing():
+    draw = random.Random(0)
+    for _ in range(1500):
+        text = draw.choice(("", " ")).join(draw.choices(PIECES, k=draw.randrange(1, 12)))
+        other = draw.choice(("", " ")).join(draw.choices(PIECES, k=draw.randrange(1, 6)))
+        assert verify(text, other).status in Status
+        assert verify(text, text, kind="answer").status in (Status.RIGHT, Status.NO_ANSWER)
+
+
+@pytest.mark.parametrize("text", ["7^{99999999999}", "99999999!", "7^{7^{12}}+x"])
+def test_even_past_the_guards_a_worker_is_bounded(text):
+    """Straight to the worker, past the size checks: memory and time are limited there too, and the next question is answered."""
+    pool = Provers(1)
+    pool.ask("digits", [parse("2")], 10)
+    status = f"/proc/{pool._idle[0].process.pid}/status"
+    peak = [0]
+
+    def watch():
+        while peak[0] >= 0:
+            try:
+                with open(status) as file:
+                    peak.append(next(int(line.split()[1]) for line in file if line.startswith("VmHWM")))
+            except (OSError, StopIteration):
+                return
+            time.sleep(0.05)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.monotonic()
+    try:
+        assert pool.ask("equal", [parse(text), parse("1")], 1.0) is not True
+    except TimedOut:
+        pass
+    assert time.monotonic() - began < 3
+    assert pool.ask("equal", [parse(r"\sqrt{8}"), parse(r"2\sqrt2")], 10) is True
+    pool.close()
+    watcher.join(5)
+    assert max(peak) < 1_100_000  # kB

@@ -33,7 +33,7 @@ EQUAL = [
     # complex numbers, bases, times, ratios, text, choice
     ("2-5i", "-5i+2"), ("3i", r"\sqrt{-9}"), ("2i", "(1+i)^2"), ("231_4", "231_{4}"), ("231_4", "231"), ("9:45", r"9:45 \text{ a.m.}"),
     ("21:15", "9:15 p.m."), ("6:9", "2:3"), ("3:8", r"\frac38"), (r"\text{Saturday}", "saturday"), (r"\text{a circle}", r"\text{circle}"),
-    ("C", r"\textbf{(C)}"), (r"\text{(D)}", "D"), (r"\infty", r"+\infty"), (r"\text{odd}", "odd"),
+    ("C", r"\textbf{(C)}"), (r"\text{(D)}", "D"), (r"\infty", r"+\infty"), (r"\text{odd}", "odd"), (r"\frac{4}{9}", r"{}\left.\tfrac49\right."),
 ]  # fmt: skip
 
 DIFFERENT = [
@@ -91,6 +91,9 @@ def test_reflexive(gold):
         ("<direct_answer>The answer is 9.</direct_answer>", "9"),
         ("I cannot solve this problem.", None),
         ("18<|im_end|>", "18"),
+        ("I get 0.5", "0.5"),
+        ("The sum is 7.", "7"),
+        ("a blue circle", "a blue circle"),
         ("", None),
         (None, None),
     ],

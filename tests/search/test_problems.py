@@ -1,9 +1,11 @@
 import json
 import time
+from pathlib import Path
 
 import pytest
+from jsonargparse import ArgumentParser
 
-from rftt_lightning.core.contracts import Problem, Status, UserError
+from rftt_lightning.core.contracts import Problem, ProblemSource, Status, UserError
 from rftt_lightning.search.problems import (
     GSM8K,
     MATH,
@@ -22,7 +24,9 @@ def write(path, rows):
 
 
 def questions(n, words=30):
-    return [Problem(f"p{i}", " ".join(f"w{(i * 7919 + j * 104729) % 99991}" for j in range(words)), "1") for i in range(n)]
+    return [
+        Problem(f"p{i}", " ".join(f"w{(i * 7919 + j * 104729) % 99991}" for j in range(words)), "1") for i in range(n)
+    ]
 
 
 def test_gsm8k_gold(tmp_path):
@@ -33,8 +37,20 @@ def test_gsm8k_gold(tmp_path):
 
 
 def test_math_gold_from_answer_or_box(tmp_path):
-    with_answer = {"problem": "a?", "solution": r"\boxed{9}", "answer": r"\frac12", "level": 2, "subject": "Algebra", "unique_id": "u"}
-    without = {"problem": "b?", "solution": r"first \boxed{1}, then $\boxed{\frac{1}{3}}$.", "type": "Algebra", "level": "Level 3"}
+    with_answer = {
+        "problem": "a?",
+        "solution": r"\boxed{9}",
+        "answer": r"\frac12",
+        "level": 2,
+        "subject": "Algebra",
+        "unique_id": "u",
+    }
+    without = {
+        "problem": "b?",
+        "solution": r"first \boxed{1}, then $\boxed{\frac{1}{3}}$.",
+        "type": "Algebra",
+        "level": "Level 3",
+    }
     one, two = MATH(write(tmp_path / "m.jsonl", [with_answer, without])).problems()
     assert (one.answer, one.level, one.subject) == (r"\frac12", "2", "Algebra")
     assert (two.answer, two.subject) == (r"\frac{1}{3}", "Algebra")
@@ -55,7 +71,14 @@ def test_math_gold_from_answer_or_box(tmp_path):
     ],
 )
 def test_olympiad_gold(tmp_path, answers, several, unit, good, bad):
-    row = {"id": 7, "question": "q", "context": "c", "final_answer": answers, "is_multiple_answer": several, "unit": unit}
+    row = {
+        "id": 7,
+        "question": "q",
+        "context": "c",
+        "final_answer": answers,
+        "is_multiple_answer": several,
+        "unit": unit,
+    }
     source = OlympiadBench(write(tmp_path / "o.jsonl", [row]))
     (problem,) = source.problems()
     assert problem.question == "c\n\nq"
@@ -176,3 +199,12 @@ def test_overlap_is_fast():
 
 def test_repeated_ids_become_unique():
     assert len({p.id for p in deduplicate([Problem("a", "x"), Problem("a", "y"), Problem("a", "x")])}) == 2
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math500", "olympiadbench"])
+def test_shipped_data_configs_build_a_source(name):
+    parser = ArgumentParser()
+    parser.add_argument("--source", type=ProblemSource, sub_configs=True)
+    config = Path(__file__).parents[2] / "configs" / "data" / f"{name}.yaml"
+    parsed = parser.parse_args([f"--source={config}", "--source.limit=5"])
+    assert parser.instantiate(parsed).source.limit == 5
