@@ -134,11 +134,12 @@ class ScriptedBackend(Backend):
     ) -> Segment:
         """Writes one segment of at most ``room`` tokens at the end of ``context``."""
         sampling, start = request.sampling, len(context)
-        likely = {tag: p for tag, p in priors.items() if p >= sampling.min_prior} or priors
+        favourite = max(priors, key=priors.__getitem__)
+        likely = {tag: p for tag, p in priors.items() if p >= sampling.min_prior or tag == favourite}
         if force:
             tag, chosen, logprob = force, request.forced_as, math.log(priors[force])
         elif sampling.boundary == "argmax":
-            tag, chosen, logprob = max(priors, key=priors.__getitem__), Provenance.ARGMAX, math.log(max(priors.values()))
+            tag, chosen, logprob = favourite, Provenance.ARGMAX, math.log(priors[favourite])
         else:
             tag, chosen = _draw(likely, uniform(request.seed, start)), Provenance.SAMPLED
             logprob = math.log(likely[tag] / sum(likely.values()))

@@ -33,6 +33,9 @@ from rftt_lightning.core.tree import Plan, Tree
 COT = "cot"
 """Name of the prompt, and of the only segment, of a chain-of-thought answer."""
 
+NEVER = r"(?!)"
+"""A regular expression that nothing matches."""
+
 
 def seed_of(*parts: object) -> int:
     """A 63-bit seed from any parts: stable between runs and machines, unlike ``hash``."""
@@ -140,7 +143,8 @@ class TokenExpander(Expander):
             others = [tag for tag in ranked if priors[tag] >= self.sampling.min_prior and tag != taken.tag]
             rest = [Plan(tag, priors[tag]) for tag in others[: self.width - 1]]
         else:
-            likely = {tag: p for tag, p in priors.items() if p >= self.sampling.min_prior} or dict(priors)
+            likely = {tag: p for tag, p in priors.items() if p >= self.sampling.min_prior}
+            likely = likely or {max(priors, key=priors.__getitem__): 1.0}  # all are rare: the backend, too, keeps the best
             draws = rng.choices(list(likely), list(likely.values()), k=self.width - 1)
             rest = [Plan(tag, priors[tag], Provenance.SAMPLED) for tag in draws]
         return tree.plan(node, [first, *rest])[0]
@@ -154,7 +158,8 @@ class PromptExpander(Expander):
         tokens: functional-token table (YAML) whose ``prompted`` part says who may follow whom; None is the paper's.
         rollouts: rollouts a problem.
         samples: children of a node per action, ``once`` lists the actions that get only one.
-        final: regular expression; a step whose text it finds has reached the answer and ends its path, whatever its action.
+        final: regular expression; a step whose text it finds has reached the answer and ends its path, whatever its action;
+            null: only terminal actions end a path.
         sampling: how contents are drawn.
         max_depth: segments of a path; max_tokens: tokens of its contents. A path that spends them is dead, value 0.
         c: UCT's exploration weight.
@@ -167,7 +172,7 @@ class PromptExpander(Expander):
         rollouts: int = 16,
         samples: int = 2,
         once: Sequence[str] = ("direct_answer",),
-        final: str = r"\\boxed\{",
+        final: str | None = r"\\boxed\{",
         sampling: Sampling = Sampling(temperature=0.7),
         max_depth: int = 15,
         max_tokens: int = 4096,
@@ -179,7 +184,7 @@ class PromptExpander(Expander):
         for name in set(once) - asked:
             raise UserError(f"expander.once names {name!r}; prompted search asks for {', '.join(sorted(asked))}")
         try:
-            self.final = re.compile(final)
+            self.final = re.compile(final or NEVER)
         except re.error as error:
             raise UserError(f"expander.final is no regular expression ({error}): {final}") from error
         self.prompts = read_prompts(prompts, sorted(asked))

@@ -191,14 +191,13 @@ def test_drawn_children_come_from_the_priors():
             assert drawn.count(tag) / len(drawn) == pytest.approx(p, abs=5 * (p * (1 - p) / len(drawn)) ** 0.5)
 
 
-def test_a_favourite_below_min_prior_is_kept():
-    """All tags are rarer than min_prior: the policy still chose one, and search may draw any of them."""
+def test_where_all_tags_are_rare_the_favourite_is_kept():
     priors = {"question": {"clarify": 0.2, "analyze": 0.3, "subquestion": 0.25, "next_step": 0.25}}
-    for children, expected in (("legal", 1), ("drawn", 4)):
+    for children, expected in (("legal", ["analyze"]), ("drawn", ["analyze"] * 4)):
         expander = TokenExpander(children=children, width=4, rollouts=1, sampling=Sampling(min_prior=0.5))
         for tree in trees(expander, ScriptedBackend(TABLE, priors)):
-            assert len(tree.children[0]) == expected
-            assert all(tree.plans[k].prior == priors["question"][tree.tag(k)] for k in tree.children[0])
+            assert [tree.tag(k) for k in tree.children[0]] == expected
+            assert all(tree.plans[k].prior == 0.3 for k in tree.children[0])
 
 
 def test_width_one_is_one_path():
@@ -296,6 +295,19 @@ def test_dialogue():
     ]
 
 
+@pytest.mark.parametrize("final", ["one", None, ""])
+def test_a_step_that_reaches_the_answer_ends_its_path(prompts, final):
+    tags = set()
+    for tree in trees(PromptExpander(prompts=prompts, rollouts=10, final=final), count=5):
+        for rollout in tree.rollouts():
+            found = [final in step.text for step in rollout.steps] if final else [False] * len(rollout.steps)
+            assert not any(found[:-1])
+            last = rollout.segments[-1]
+            assert rollout.complete == (last.closed and (found[-1] or last.tag == "direct_answer"))
+            tags |= {last.tag for _ in range(rollout.complete)}
+    assert ("next_step" in tags) == bool(final)
+
+
 def test_only_actions_that_are_asked_for_need_a_prompt(tmp_path):
     for name in ("clarify", "analyze", "subquestion", "next_step", "direct_answer"):
         (tmp_path / f"{name}.txt").write_text(name)
@@ -363,6 +375,7 @@ def test_chain_of_thought_is_one_plain_segment(prompts):
         (lambda prompts: PromptExpander(prompts="no/such"), "no prompt for 'analyze'"),
         (lambda prompts: PromptExpander(prompts=prompts, samples=0), "expander.samples"),
         (lambda prompts: PromptExpander(prompts=prompts, once=["answer"]), "expander.once names 'answer'"),
+        (lambda prompts: PromptExpander(prompts=prompts, final="("), "expander.final is no regular expression"),
         (lambda prompts: ChainOfThought(prompts="no/such"), "no prompt for 'cot'"),
         (lambda prompts: Sampling(temperature=-1), "sampling out of range"),
         (lambda prompts: Sampling(boundary="best"), "sampling.boundary"),

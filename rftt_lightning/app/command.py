@@ -1,0 +1,65 @@
+"""What every command that is a typed function shares: its parser, its config, its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from rftt_lightning.core.contracts import UserError
+
+CONFIG = "config.yaml"
+"""Name of the saved config in a run's output folder."""
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors are :class:`UserError` s of one line instead of a usage text and an exit."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(one_line(message)) from ex
+
+
+def one_line(message: object) -> str:
+    """A message without line breaks. jsonargparse nests causes as indented lines, which ``;`` joins here.
+
+    >>> one_line("Parser key 'a':\\n  Expected a <class 'int'>")
+    "Parser key 'a': Expected a <class 'int'>"
+    """
+    lines = [" ".join(line.split()) for line in str(message).splitlines()]
+    return "; ".join(line for line in lines if line).replace(":; ", ": ").replace(".; ", "; ")
+
+
+def run_command(function: Callable[..., Any], args: Sequence[str], prog: str) -> int:
+    """Run a typed function as the command ``prog`` with ``args``; returns 0, raises what the function raises.
+
+    Its parameters become options by their annotations and defaults, their help comes from the ``Args:`` of its docstring.
+    A parameter annotated with a class (``source: ProblemSource``) takes ``class_path`` and ``init_args`` of any subclass, or a
+    YAML file that holds them (``--source configs/data/gsm8k.yaml``), and reaches the function as an instance. ``--config``
+    reads YAML files (later ones and options win), ``--print_config`` prints the resulting one. Paths are plain strings
+    relative to the working directory, so a config means the same wherever it lies.
+
+    If the function has a parameter ``out`` (a folder), the parsed config is saved there as ``config.yaml`` before it
+    starts; ``prog --config out/config.yaml`` repeats the run. Raises :class:`UserError` for options that are unknown,
+    missing or of a wrong type, and for an ``out`` that cannot be written.
+    """
+    parser = Parser(prog=prog, description=(function.__doc__ or "").strip().split("\n\n")[0])
+    parser.add_argument("--config", action="config", help="YAML file with options; may be repeated, later ones win")
+    parser.add_function_arguments(function, fail_untyped=True, sub_configs=True)
+    config = parser.parse_args(list(args))
+    settings = parser.instantiate_classes(config)
+    if settings.get("out"):
+        save_config(parser.dump(config, skip_none=False), settings.out)
+    settings.pop("config", None)
+    function(**vars(settings))
+    return 0
+
+
+def save_config(text: str, folder: str | Path) -> None:
+    """Write a config into an output folder, which is made if need be; an earlier one is replaced."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / CONFIG).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error

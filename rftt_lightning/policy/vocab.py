@@ -1,0 +1,204 @@
+"""Functional tokens as rows of a vocabulary, and the grammar as a mask over it.
+
+Shape suffixes: B rows, T tokens, V vocabulary (width of the logits), S grammar states.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rftt_lightning.core.contracts import QUESTION, UserError
+from rftt_lightning.core.paths import resolve
+from rftt_lightning.core.tokens import TokenTable
+
+INITS = ("description", "random", "mean")
+
+
+def load(
+    path: str, dtype: str = "auto", attention: str = "sdpa", device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer from a folder, a ``pkg:`` path or the hub. Raises :class:`UserError` if either cannot be read, or
+    if the tokenizer has ids that the model has no rows for."""
+    where = resolve(path)
+    if path.startswith("pkg:") or path.startswith((".", "/")) or path.count("/") > 1:
+        if not (Path(where) / "config.json").is_file():
+            raise UserError(f"no model at {where}: it has no config.json; give a Hugging Face folder or a hub name")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"cannot load a model from {path!r}: {reason}") from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise UserError(
+            f"{path}: the tokenizer has ids up to {highest}, the model only {rows} rows: they are not of one vocabulary; "
+            "give a folder in which both were saved together"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device), tokenizer
+
+
+def add_functional_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    table: TokenTable,
+    init: str = "description",
+    seed: int = 0,
+) -> list[int]:
+    """Make every tag, opening and closing, one row of the vocabulary; returns the ids that are new (none if all were there).
+
+    Spare rows of a padded vocabulary are used first and an embedding never shrinks. Input and, if untied, output rows are
+    initialised: ``description``: the mean of the rows of the token's description words plus 0.3 standard deviations of noise
+    (closing tags: the newline's row, else end of turn, plus 0.5); ``random``: noise of the usual size; ``mean``: the mean of all
+    rows. Rows that start nearly equal are ignored by the model (arXiv 2502.13389 leaves the choice open).
+    """
+    if init not in INITS:
+        raise UserError(f"init is {init!r}; use one of {', '.join(INITS)}")
+    known = tokenizer.get_vocab()
+    fresh = [tag for tag in table.tags if tag not in known]
+    old = max(known.values()) + 1
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in fresh])
+    rows = model.get_input_embeddings().weight.shape[0]
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > rows:
+        model.resize_token_embeddings(needed, mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in _matrices(model):
+        _initialise(weight, tokenizer, table, fresh, old, init, generator)
+    check_round_trip(tokenizer, table)
+    return [tokenizer.get_vocab()[tag] for tag in fresh]
+
+
+def _matrices(model: PreTrainedModel) -> list[Tensor]:
+    """Input embedding and, if it is another tensor, output embedding, both [V, hidden]."""
+    inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    return [inputs] if head is None or head.weight.data_ptr() == inputs.data_ptr() else [inputs, head.weight]
+
+
+@torch.no_grad()
+def _initialise(
+    weight: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    table: TokenTable,
+    fresh: Sequence[str],
+    old: int,
+    init: str,
+    generator: torch.Generator,
+) -> None:
+    used = weight[:old].float()
+    mean, spread = used.mean(0), used.std(0)
+    newline = [i for i in _ids(tokenizer, "\n") if i < old] or [tokenizer.eos_token_id]
+    for tag in fresh:
+        noise = spread * torch.randn(weight.shape[1], generator=generator).to(weight.device)
+        words = _words(tokenizer, table[tag.strip("</>")].description, old)
+        closing = tag.startswith("</")
+        if init == "mean":
+            row = mean
+        elif init == "random" or not (closing or words):
+            row = mean + noise
+        elif closing:
+            row = used[newline].mean(0) + 0.5 * noise
+        else:
+            row = used[words].mean(0) + 0.3 * noise
+        weight[tokenizer.get_vocab()[tag]] = row.to(weight.dtype)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [i for i in ids if i != tokenizer.unk_token_id]
+
+
+def _words(tokenizer: PreTrainedTokenizerBase, description: str, old: int) -> list[int]:
+    """Known ids below ``old`` of the description's words, as they stand at a word's beginning and within a text."""
+    words = re.findall(r"[a-z]+", description.lower())
+    return [i for word in words for text in {word, " " + word} for i in _ids(tokenizer, text) if i < old]
+
+
+def check_round_trip(tokenizer: PreTrainedTokenizerBase, table: TokenTable) -> None:
+    """Every tag encodes to exactly one id, and is read back though special tokens are skipped. Raises :class:`UserError`."""
+    known = tokenizer.get_vocab()
+    for tag in table.tags:
+        if tag not in known:
+            raise UserError(
+                f"the tokenizer has no functional token {tag}: this model was not given this table; start from an SFT model, "
+                "or add them with `rftt tokens --model … --save …`"
+            )
+        ids = tokenizer(tag, add_special_tokens=False)["input_ids"]
+        if ids != [known[tag]] or tokenizer.decode(ids, skip_special_tokens=True).strip() != tag:
+            raise UserError(f"{tag} does not encode to exactly one id that is read back (got {ids}); use another spelling")
+
+
+class Vocabulary:
+    """Ids of the functional tokens, and which token the grammar allows in which state.
+
+    States: 0 is free text; 1 + i is inside the segment of token i; :meth:`boundary` gives those at which a functional token
+    comes next. Inside a segment all ordinary tokens and its own closing tag are allowed, at a boundary the opening tags of
+    the legal followers, in free text all but functional tokens. Special tokens (end of turn, padding, chat roles) are allowed
+    nowhere but for the end of turn in free text. ``allowed_SV`` is bool, ``opens`` and ``closes`` are ids in the table's order.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, table: TokenTable, width: int, ends: Sequence[int] = ()) -> None:
+        check_round_trip(tokenizer, table)
+        self.table, self.names = table, table.names
+        n, known = len(table.tokens), tokenizer.get_vocab()
+        self.opens = [known[token.open] for token in table.tokens]
+        self.closes = [known[token.close] for token in table.tokens]
+        self.after_V = torch.full((width,), -1)
+        self.after_V[self.opens] = torch.arange(1, n + 1)
+        self.after_V[self.closes] = torch.arange(n + 2, 2 * n + 2)
+        plain_V = plain_tokens(tokenizer, width)
+        plain_V[[*self.opens, *self.closes]] = False
+        self.allowed_SV = torch.zeros(2 * n + 2, width, dtype=torch.bool)
+        self.allowed_SV[: n + 1] = plain_V
+        self.allowed_SV[0, list(ends)] = True
+        self.allowed_SV[torch.arange(1, n + 1), self.closes] = True
+        for after in (QUESTION, *self.names):
+            followers = [self.opens[self.names.index(tag)] for tag in table.legal(after)]
+            self.allowed_SV[self.boundary(after), followers] = True
+        ends_path = [table.terminal(name) for name in self.names]
+        self.terminal_S = torch.tensor([False] * (n + 2) + ends_path)
+
+    def boundary(self, after: str) -> int:
+        """State in which a functional token comes next, ``after`` this tag (or :data:`QUESTION`)."""
+        n = len(self.names)
+        return n + 1 if after == QUESTION else n + 2 + self.names.index(after)
+
+    def states(self, tokens_BT: Tensor, first: int | None = None) -> Tensor:
+        """Grammar state that governs each response token, [B, T] like the tokens: a function of the ids before it alone.
+        ``first`` is the state before the first one (default: the boundary after the question)."""
+        start = self.boundary(QUESTION) if first is None else first
+        events_BT = self.after_V.to(tokens_BT.device)[tokens_BT]
+        where_BT = torch.where(events_BT >= 0, torch.arange(tokens_BT.shape[1], device=tokens_BT.device), -1)
+        last_BT = where_BT.cummax(1).values
+        after_BT = torch.where(last_BT >= 0, events_BT.gather(1, last_BT.clamp(min=0)), start)
+        return torch.cat([torch.full_like(after_BT[:, :1], start), after_BT[:, :-1]], 1)
+
+
+def plain_tokens(tokenizer: PreTrainedTokenizerBase, width: int) -> Tensor:
+    """[V] bool: ids that the tokenizer knows and that are not special; padded rows are not among them."""
+    plain = torch.zeros(width, dtype=torch.bool)
+    plain[list(tokenizer.get_vocab().values())] = True
+    plain[list(tokenizer.all_special_ids)] = False
+    return plain
+
+
+def masked_log_softmax(logits: Tensor, states: Tensor, allowed_SV: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """Log-probabilities [..., V] in nats of the tempered distribution over allowed tokens; -inf elsewhere. Sampler and
+    training both come through here, so that they speak of one distribution. ``states`` is [...], ``temperature`` > 0."""
+    scores = logits.float() / temperature
+    return scores.masked_fill(~allowed_SV[states], -torch.inf).log_softmax(-1)

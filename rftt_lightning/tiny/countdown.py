@@ -1,0 +1,317 @@
+"""Countdown: reach a target from a few numbers. Checking is cheaper than solving, so verifying and searching can pay.
+
+``3 7 12 target 9`` is solved by ``3 * 7 = 21 , 21 - 12 = 9``: every given number is used once, all values stay within bounds.
+Contents of the segments: clarify ``3 7 12 ; 9`` (sorted numbers, target) · analyze ``6 2 3`` (distance of each number from
+the target) · subquestion ``combine 3 7`` · next_step ``3 * 7 = 21 ; 12 21`` (equation; what is left) · direct_answer the
+remaining equations · verify ``9 , 9 ; ok`` (value, target, verdict) · refine another step from an EARLIER fork of the
+attempt, like next_step or, to the end, direct_answer · output the equations of the attempt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+from rftt_lightning.core.contracts import Problem, ProblemSource, Status, Step, UserError, Verdict
+
+SPLITS = {"test": 0.1, "validation": 0.1, "train": 0.8}
+LONGEST = 4096
+"""Characters of a response that are read at most."""
+
+_EQUATION = re.compile(r"(\d{1,4}) ([-+*]) (\d{1,4}) = (\d{1,4})")
+_SEGMENT = re.compile(r"<([a-z_]+)>([^<]*)</\1>")
+
+
+class Move(NamedTuple):
+    """``Move(3, "*", 7, 21, (12, 21))``: an equation and the numbers left after it, the new one last."""
+
+    left: int
+    sign: str
+    right: int
+    value: int
+    rest: tuple[int, ...]
+
+    @property
+    def equation(self) -> str:
+        return f"{self.left} {self.sign} {self.right} = {self.value}"
+
+    @property
+    def text(self) -> str:
+        return f"{self.equation} ; {' '.join(map(str, self.rest))}"
+
+
+def compute(left: int, sign: str, right: int) -> int:
+    return left + right if sign == "+" else left - right if sign == "-" else left * right
+
+
+def moves(numbers: Sequence[int], highest: int = 99) -> list[Move]:
+    """All legal next equations: two of the numbers, values in 0..highest, the larger number first in a difference."""
+    found = set()
+    for i, j in itertools.combinations(range(len(numbers)), 2):
+        a, b = numbers[i], numbers[j]
+        others = sorted(n for k, n in enumerate(numbers) if k not in (i, j))
+        for left, sign, right in ((a, "+", b), (max(a, b), "-", min(a, b)), (a, "*", b)):
+            value = compute(left, sign, right)
+            if 0 <= value <= highest:
+                found.add(Move(left, sign, right, value, (*others, value)))
+    return sorted(found)
+
+
+def reachable(numbers: Sequence[int], highest: int = 99) -> set[int]:
+    """Values that some complete sequence of moves ends at."""
+    if len(numbers) == 1:
+        return {numbers[0]}
+    return {value for move in moves(numbers, highest) for value in reachable(move.rest, highest)}
+
+
+@dataclass
+class Attempt:
+    """The current attempt of a path: ``history`` holds (numbers before, equation, numbers after), as the path claims them."""
+
+    numbers: tuple[int, ...]
+    target: int
+    highest: int = 99
+    history: list[tuple[tuple[int, ...], str, tuple[int, ...]]] = field(default_factory=list)
+
+    @property
+    def left(self) -> tuple[int, ...]:
+        return self.history[-1][2] if self.history else self.numbers
+
+    @property
+    def equations(self) -> str:
+        return " , ".join(equation for _, equation, _ in self.history)
+
+    def take(self, equation: str) -> bool:
+        """Append an equation; True if it is true and uses numbers that are left."""
+        match = _EQUATION.fullmatch(equation)
+        if not match:
+            return False
+        a, sign, b, value = int(match[1]), match[2], int(match[3]), int(match[4])
+        before, after = self.left, list(self.left)
+        legal = value == compute(a, sign, b) and 0 <= value <= self.highest
+        for number in (a, b):
+            if number in after:
+                after.remove(number)
+            else:
+                legal = False
+        self.history.append((before, equation, (*sorted(after), value)))
+        return legal
+
+    def step(self, text: str) -> bool:
+        """A next_step: an equation and what is left after it."""
+        equation, _, rest = text.partition(" ; ")
+        return self.take(equation) and rest == " ".join(map(str, self.left))
+
+    def refine(self, text: str) -> bool:
+        """Go back to the step at which as many numbers were left as this one needs, and take it instead."""
+        equations, _, rest = text.partition(" ; ")
+        needed = 1 + (len(rest.split()) if rest else len(equations.split(" , ")))
+        for index, (before, old, _) in enumerate(self.history):
+            if len(before) == needed:
+                del self.history[index:]
+                fresh = old != equations.split(" , ")[0]
+                return (self.step(text) if rest else self.answer(text)) and fresh
+        return False
+
+    def answer(self, text: str) -> bool:
+        """A direct_answer: all the remaining equations."""
+        taken = [self.take(equation) for equation in text.split(" , ")]
+        return all(taken) and len(self.left) == 1
+
+    def check(self, text: str) -> bool:
+        """A verify: is what it says of the attempt true?"""
+        value = self.left[-1]
+        solved = solves(self.numbers, self.target, self.equations, self.highest)
+        return text == f"{value} , {self.target} ; {'ok' if solved else 'wrong'}"
+
+
+def solves(numbers: Sequence[int], target: int, equations: str, highest: int = 99) -> bool:
+    """Are the equations true, do they use each number once, and do they end at the target?"""
+    attempt = Attempt(tuple(numbers), target, highest)
+    return attempt.answer(equations) and attempt.left == (target,)
+
+
+class Countdown(ProblemSource):
+    """Procedural problems, disjoint splits by a hash of (sorted numbers, target), exact judge, exact step checker.
+
+    Args:
+        split: train, validation or test.
+        count: problems; start: problems of the same order to leave out first.
+        seed: of the order.
+        numbers: how many numbers a problem gives; largest: the largest of them; highest: the largest value on the way.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        count: int = 1000,
+        start: int = 0,
+        seed: int = 0,
+        numbers: int = 3,
+        largest: int = 20,
+        highest: int = 99,
+    ) -> None:
+        if split not in SPLITS:
+            raise UserError(f"countdown.split is {split!r}; use one of {', '.join(SPLITS)}")
+        if count < 1 or start < 0 or not 2 <= numbers <= 5 or not 1 <= largest <= highest:
+            raise UserError(
+                f"countdown needs count >= 1, start >= 0, 2 <= numbers <= 5 and 1 <= largest <= highest; got count={count}, "
+                f"start={start}, numbers={numbers}, largest={largest}, highest={highest}"
+            )
+        self.split, self.count, self.start, self.seed = split, count, start, seed
+        self.numbers, self.largest, self.highest = numbers, largest, highest
+
+    def problems(self) -> Sequence[Problem]:
+        return self._problems
+
+    @cached_property
+    def _problems(self) -> list[Problem]:
+        rng = random.Random(f"countdown {self.seed} {self.split}")
+        found: dict[str, Problem] = {}
+        tries = 0
+        while len(found) < self.start + self.count:
+            tries += 1
+            if tries > 1000 * (self.start + self.count):
+                raise UserError(
+                    f"countdown has only about {len(found)} {self.split} problems with numbers={self.numbers}, "
+                    f"largest={self.largest}; lower count or start"
+                )
+            numbers = [rng.randint(1, self.largest) for _ in range(self.numbers)]
+            target = rng.choice(sorted(reachable(numbers, self.highest)) or [-1])
+            if target >= 0 and split_of(numbers, target) == self.split:
+                problem = self._problem(numbers, target)
+                found.setdefault(problem.id, problem)
+        return list(found.values())[self.start :]
+
+    def _problem(self, numbers: Sequence[int], target: int) -> Problem:
+        name = f"countdown/{self.split}/{'-'.join(map(str, sorted(numbers)))}={target}"
+        question = f"{' '.join(map(str, numbers))} target {target}"
+        return Problem(name, question, level=str(self.numbers), data={"numbers": list(numbers), "target": target})
+
+    def judge(self, problem: Problem, response: str) -> Verdict:
+        numbers, target = problem.data["numbers"], problem.data["target"]
+        if len(response) > LONGEST:
+            return Verdict(Status.NO_ANSWER, rule="longer than any answer")
+        segments = [Step(*pair) for pair in _SEGMENT.findall(response)]
+        stated = [text for tag, text in segments if tag == "output"]
+        if stated:
+            answer = stated[-1].strip()
+        elif segments:
+            answer = self._replay(problem, segments)[0].equations
+        else:
+            answer = response.strip()
+        if not _EQUATION.search(answer):
+            return Verdict(Status.NO_ANSWER, rule="no equation")
+        right = solves(numbers, target, answer, self.highest)
+        return Verdict(Status.RIGHT if right else Status.WRONG, answer, str(target), "equations evaluated")
+
+    def output(self, answer: str) -> str:
+        return answer
+
+    def check_steps(self, problem: Problem, steps: Sequence[Step]) -> list[float | None]:
+        return self._replay(problem, steps)[1]
+
+    def _replay(self, problem: Problem, steps: Sequence[Step]) -> tuple[Attempt, list[float | None]]:
+        attempt = Attempt(tuple(problem.data["numbers"]), problem.data["target"], self.highest)
+        judges = {"next_step": attempt.step, "direct_answer": attempt.answer, "refine": attempt.refine, "verify": attempt.check}
+        scores: list[float | None] = []
+        for tag, text in steps:
+            if tag == "output":
+                scores.append(float(text == attempt.equations))
+            else:
+                scores.append(float(judges[tag](text[:LONGEST])) if tag in judges else None)
+        return attempt, scores
+
+
+def split_of(numbers: Sequence[int], target: int) -> str:
+    """The split that a problem belongs to, whatever the order of its numbers."""
+    key = f"{sorted(numbers)} {target}".encode()
+    share = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") / 2**32
+    for split, width in SPLITS.items():
+        if share < width:
+            return split
+        share -= width
+    return "train"
+
+
+# -- documents from which the base model learns --------------------------------------------------------------------------
+
+_AFTER = {
+    "question": ("clarify", "analyze", "subquestion", "next_step", "direct_answer"),
+    "clarify": ("analyze", "subquestion", "next_step", "direct_answer"),
+    "analyze": ("subquestion", "next_step", "direct_answer"),
+    "subquestion": ("next_step", "direct_answer"),
+    "next_step": ("next_step", "direct_answer", "subquestion"),
+    "refine": ("next_step", "direct_answer", "subquestion"),
+}
+
+
+def document(problem: Problem, rng: random.Random, checks: float = 0.75, mends: float = 0.7, whole: float = 0.3) -> list[Step]:
+    """A correct-in-every-step but aimless solution: uniformly random legal choices, no knowledge of the solution.
+
+    A finished attempt is verified with probability ``checks``; one found wrong is refined with probability ``mends``, up to
+    three times, by a random other move at a random fork, with probability ``whole`` together with all that is left to do.
+    """
+    numbers, target = tuple(problem.data["numbers"]), problem.data["target"]
+    steps: list[Step] = []
+    history: list[tuple[tuple[int, ...], Move]] = []
+    state, tag, pair = numbers, "question", None
+    while True:
+        while len(state) > 1 and moves(state):
+            tag = rng.choice(_AFTER[tag])
+            if tag in ("clarify", "analyze"):
+                gaps = " ".join(str(abs(target - n)) for n in state)
+                steps.append(Step(tag, gaps if tag == "analyze" else f"{' '.join(map(str, sorted(numbers)))} ; {target}"))
+            elif tag == "subquestion":
+                move = rng.choice(moves(state))
+                pair = sorted((move.left, move.right))
+                steps.append(Step(tag, f"combine {pair[0]} {pair[1]}"))
+            else:
+                taken = _random_moves(state, rng, pair, 1 if tag == "next_step" else len(state) - 1)
+                text = taken[0].text if tag == "next_step" else " , ".join(move.equation for move in taken)
+                steps.append(Step(tag, text))
+                for move in taken:
+                    history.append((state, move))
+                    state = move.rest
+                pair = None
+        solved = state == (target,)
+        if rng.random() >= checks:
+            break
+        steps.append(Step("verify", f"{state[-1]} , {target} ; {'ok' if solved else 'wrong'}"))
+        forks = [index for index, (before, _) in enumerate(history) if len(moves(before)) > 1]
+        if solved or not forks or sum(step.tag == "refine" for step in steps) == 3 or rng.random() >= mends:
+            break
+        fork = rng.choice(forks)
+        before, old = history[fork]
+        move = rng.choice([move for move in moves(before) if move != old])
+        history[fork:] = [(before, move)]
+        state, tag, text = move.rest, "refine", move.text
+        if rng.random() < whole:
+            for onward in _random_moves(state, rng, None, len(state) - 1):
+                history.append((state, onward))
+                state = onward.rest
+            text = " , ".join(move.equation for _, move in history[fork:])
+        steps.append(Step(tag, text))
+    return [*steps, Step("output", " , ".join(move.equation for _, move in history))]
+
+
+def _random_moves(state: tuple[int, ...], rng: random.Random, pair: list[int] | None, count: int) -> list[Move]:
+    """Up to ``count`` random moves, the first of which combines ``pair`` if one was announced."""
+    taken: list[Move] = []
+    while len(taken) < count and (legal := moves(state)):
+        announced = [m for m in legal if pair and not taken and sorted((m.left, m.right)) == pair]
+        taken.append(rng.choice(announced or legal))
+        state = taken[-1].rest
+    return taken
+
+
+def chain_of_thought(problem: Problem, rng: random.Random) -> str:
+    """All equations of a random attempt, as the base answers a plain request to solve."""
+    numbers = tuple(problem.data["numbers"])
+    return " , ".join(move.equation for move in _random_moves(numbers, rng, None, len(numbers) - 1))

@@ -1,0 +1,58 @@
+"""The tiny model: a word-level tokenizer with a chat template, and a Qwen2 of about 0.7 M parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from rftt_lightning.core.tokens import TokenTable
+
+ROLES = ("system", "user", "assistant")
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """One id per word; words are separated by spaces, a run of newlines is one word. The numbers 0..99, the words of the
+    functional tokens' descriptions and ``words`` are known; ``<|end|>`` ends a turn."""
+    described = " ".join(token.description for token in TokenTable.from_yaml().tokens)
+    special = ["<|pad|>", "<|end|>", "<|unk|>", *(f"<|{role}|>" for role in ROLES)]
+    known = dict.fromkeys([*special, "\n", *map(str, range(100)), *words, *re.findall("[a-z]+", described)])
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<|unk|>"))
+    tokenizer.normalizer = normalizers.Replace(Regex("\n+"), " \n ")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" +"), "removed")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        unk_token="<|unk|>",
+        additional_special_tokens=[f"<|{role}|>" for role in ROLES],
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, hidden: int = 128, layers: int = 3) -> Qwen2ForCausalLM:
+    """A randomly initialised Qwen2 with tied embeddings for this tokenizer."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    return Qwen2ForCausalLM(config)

@@ -1,0 +1,302 @@
+"""Self-generated trees as training data: trajectories in, batches out.
+
+Shape suffixes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rftt_lightning.core.contracts import Trajectory, UserError
+from rftt_lightning.core.tokens import TokenTable
+from rftt_lightning.search.problems import read_jsonl
+
+
+@dataclass(frozen=True)
+class Example:
+    """One trajectory as the model sees it: ``Example((5, 9, 130, 7, 146, 2), (False, False, True, True, True, True), …)``.
+
+    ``loss`` is True where a token is to be learned (response, minus steps that curation excluded), ``functional`` where it
+    is a functional token, opening or closing. All of one length.
+    """
+
+    tokens: tuple[int, ...]
+    loss: tuple[bool, ...]
+    functional: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class SFTBatch:
+    """Rows of trajectories, padded (one a row) or packed (one row of many).
+
+    ``tokens_BT`` ids. ``positions_BT`` count from 0 in each trajectory; where they start anew attention is cut, which is how
+    Transformers knows packed rows (no attention mask and no cache may be given then). Padding goes on counting: it stands
+    behind what is learned, so a causal model never looks at it. ``loss_BT`` and ``functional_BT`` are bool and say of each
+    TARGET token whether it counts. ``denominator`` is the number of loss tokens of the whole optimizer step that this batch
+    is a part of: all ranks, all accumulated batches.
+    """
+
+    tokens_BT: Tensor
+    positions_BT: Tensor
+    loss_BT: Tensor
+    functional_BT: Tensor
+    denominator: int
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> SFTBatch:
+        names = ("tokens_BT", "positions_BT", "loss_BT", "functional_BT")
+        return replace(self, **{name: getattr(self, name).to(device, **kwargs) for name in names})
+
+
+def encode(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase, table: TokenTable) -> Example | None:
+    """Ids of the chat-templated question, then ``[open] content [close]`` of each step, then end of turn. Every part is encoded
+    alone, so nothing merges across a tag. None if a content spells a tag itself: it would not be read back as it was."""
+    known = tokenizer.get_vocab()
+    if missing := [tag for tag in table.tags if tag not in known]:
+        raise UserError(f"the tokenizer has no functional token {missing[0]}; add the tokens to it before encoding")
+    tags = {known[tag] for tag in table.tags}
+    turns = [{"role": "user", "content": trajectory.problem.question}]
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    tokens, loss = list(prompt), [False] * len(prompt)
+    for (tag, text), train in zip(trajectory.steps, trajectory.train, strict=True):
+        if tag not in table.names:
+            raise UserError(f"a trajectory of {trajectory.problem.id} has a step {tag!r}, which is not in the token table")
+        content = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not tags.isdisjoint(content):
+            return None
+        step = [known[table[tag].open], *content, known[table[tag].close]]
+        tokens += step
+        loss += [train] * len(step)
+    functional = [i >= len(prompt) and token in tags for i, token in enumerate(tokens)]
+    return Example((*tokens, tokenizer.eos_token_id), (*loss, True), (*functional, False))
+
+
+def encode_all(
+    trajectories: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase, table: TokenTable, max_length: int
+) -> tuple[list[Example], Counter[str]]:
+    """Examples, and how many were ``kept``, dropped as ``too_long`` (over ``max_length`` tokens), or as ``tag_in_text``."""
+    examples, counts = [], Counter(kept=0, too_long=0, tag_in_text=0)
+    for trajectory in trajectories:
+        example = encode(trajectory, tokenizer, table)
+        fate = "tag_in_text" if example is None else "too_long" if len(example) > max_length else "kept"
+        counts[fate] += 1
+        if example is not None and fate == "kept":
+            examples.append(example)
+    return examples, counts
+
+
+def collate(examples: Sequence[Example], packed: bool, pad: int, denominator: int) -> SFTBatch:
+    """One example a row, padded to the longest with ``pad``; or all in one row."""
+    rows = [examples] if packed else [[example] for example in examples]
+    width = max(sum(map(len, row)) for row in rows)
+    tokens, loss, functional, positions = [], [], [], []
+    for row in rows:
+        size = sum(map(len, row))
+        gap = width - size
+        tokens.append([t for example in row for t in example.tokens] + [pad] * gap)
+        loss.append([m for example in row for m in example.loss] + [False] * gap)
+        functional.append([m for example in row for m in example.functional] + [False] * gap)
+        counted = [i for example in row for i in range(len(example))]
+        positions.append(counted + list(range(size, width)))
+    return SFTBatch(*map(torch.tensor, (tokens, positions, loss, functional)), denominator)
+
+
+class Batches:
+    """An endless order of batches, one epoch an iteration, that resumes exactly.
+
+    An epoch's order is a function of ``seed`` and its number. ``size`` examples make a batch; if ``max_tokens`` is given, as many
+    as fit in it (padding included), then they are grouped once and the order of the groups is shuffled. Each of ``world`` ranks
+    gets every ``world``-th batch; ``accumulate`` batches of each make an optimizer step. Where the last step has too few
+    batches for all ranks, the rest get one without loss tokens. ``shuffle=False`` keeps the examples' order (validation).
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        size: int,
+        max_tokens: int | None = None,
+        packed: bool = False,
+        pad: int = 0,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+    ) -> None:
+        self.examples, self.size, self.max_tokens, self.packed, self.pad = examples, size, max_tokens, packed, pad
+        self.seed, self.shuffle, self.rank, self.world, self.accumulate = seed, shuffle, rank, world, accumulate
+        self.epoch, self.done = 0, 0
+
+    def __len__(self) -> int:
+        """Batches of one rank in an epoch."""
+        return -(-len(self.groups(0)) // self.world)
+
+    def __iter__(self) -> Iterator[SFTBatch]:
+        """The batches that are left of the current epoch; of the next one if none is."""
+        if self.done >= len(self):
+            self.epoch, self.done = self.epoch + 1, 0
+        groups = self.groups(self.epoch)
+        for index in range(self.done, len(self)):
+            self.done = index + 1
+            yield self.batch(groups, index)
+
+    def batch(self, groups: Sequence[Sequence[int]], index: int) -> SFTBatch:
+        """The ``index``-th batch of this rank, its denominator counted over the optimizer step around it."""
+        first = index - index % self.accumulate
+        step = groups[first * self.world : (first + self.accumulate) * self.world]
+        denominator = sum(sum(self.examples[i].loss) for group in step for i in group)
+        where = index * self.world + self.rank
+        chosen = [self.examples[i] for i in groups[min(where, len(groups) - 1)]]
+        if where >= len(groups):
+            chosen = [replace(example, loss=(False,) * len(example)) for example in chosen]
+        return collate(chosen, self.packed, self.pad, denominator)
+
+    def groups(self, epoch: int) -> list[list[int]]:
+        """Numbers of the examples of each batch of all ranks, in order."""
+        if self.max_tokens is None:
+            order = self._order(epoch, len(self.examples))
+            return [order[i : i + self.size] for i in range(0, len(order), self.size)]
+        return [self._filled[i] for i in self._order(epoch, len(self._filled))]
+
+    @cached_property
+    def _filled(self) -> list[list[int]]:
+        groups: list[list[int]] = []
+        for i in self._order(-1, len(self.examples)):
+            if groups and self._cost([*groups[-1], i]) <= (self.max_tokens or 0):
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        return groups
+
+    def _cost(self, group: Sequence[int]) -> int:
+        lengths = [len(self.examples[i]) for i in group]
+        return sum(lengths) if self.packed else max(lengths) * len(lengths)
+
+    def _order(self, epoch: int, count: int) -> list[int]:
+        order = list(range(count))
+        if self.shuffle:
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        return order
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the order stands. Lightning keeps it in checkpoints."""
+        return {"epoch": self.epoch, "done": self.done, "batches": len(self), "examples": len(self.examples)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        mine = self.state_dict()
+        if any(state[name] != mine[name] for name in ("batches", "examples")):
+            raise UserError(
+                f"the checkpoint was written with {state['examples']} examples in {state['batches']} batches an epoch, now there "
+                f"are {mine['examples']} in {mine['batches']}; resume with the same data and batch size, or start a new run"
+            )
+        self.epoch, self.done = state["epoch"], state["done"]
+
+
+class TreeDataModule(lightning.LightningDataModule):
+    """Trajectories that curation made from trees. Its trainer's module brings tokenizer and token table.
+
+    The effective batch of an optimizer step is ``batch_size * trainer.accumulate_grad_batches * devices``.
+
+    Args:
+        folder: output folder of ``rftt curate`` (``trajectories-*.jsonl``).
+        batch_size: trajectories in one forward pass of one device.
+        max_tokens: if given, one forward pass holds as many trajectories as fit in so many tokens, instead of batch_size.
+        packing: put the trajectories of a forward pass into one row, without padding; equal to padding but for speed.
+        max_length: longer trajectories (prompt included, in tokens) are dropped, and counted.
+        val_fraction: share of problems, chosen by a hash of their ids, that is kept for validation.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        batch_size: int = 8,
+        max_tokens: int | None = None,
+        packing: bool = False,
+        max_length: int = 8192,
+        val_fraction: float = 0.05,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or max_length < 2 or not 0 <= val_fraction < 1 or (max_tokens is not None and max_tokens < 2):
+            raise UserError(
+                f"data out of range: batch_size {batch_size}, max_length {max_length}, max_tokens {max_tokens}, val_fraction "
+                f"{val_fraction}; need batch_size >= 1, max_length >= 2, max_tokens >= 2 or null, 0 <= val_fraction < 1"
+            )
+        self.folder, self.batch_size, self.max_tokens, self.packing = folder, batch_size, max_tokens, packing
+        self.max_length, self.val_fraction, self.seed = max_length, val_fraction, seed
+        self.train: list[Trajectory] = []
+        self.validation: list[Trajectory] = []
+
+    def setup(self, stage: str) -> None:
+        trajectories = read_trajectories(self.folder)
+        held_out = [share_of(t.problem.id) < self.val_fraction for t in trajectories]
+        self.train = [t for t, held in zip(trajectories, held_out, strict=True) if not held]
+        self.validation = [t for t, held in zip(trajectories, held_out, strict=True) if held]
+
+    def train_dataloader(self) -> Batches:
+        return self._batches("train", self.train, shuffle=True)
+
+    def val_dataloader(self) -> Batches | list[Any]:
+        return self._batches("validation", self.validation, shuffle=False) if self.validation else []
+
+    def _batches(self, name: str, trajectories: Sequence[Trajectory], shuffle: bool) -> Batches:
+        trainer, module = self.trainer, self.trainer.lightning_module
+        examples, counts = encode_all(trajectories, module.tokenizer, module.table, self.max_length)
+        rank_zero_info(f"{name} trajectories: " + ", ".join(f"{count} {fate}" for fate, count in counts.items()))
+        if not examples:
+            raise UserError(f"{self.folder}: no {name} trajectory of at most {self.max_length} tokens is left; see max_length")
+        return Batches(
+            examples,
+            self.batch_size,
+            self.max_tokens,
+            self.packing,
+            module.tokenizer.pad_token_id,
+            self.seed,
+            shuffle,
+            trainer.global_rank,
+            trainer.world_size,
+            trainer.accumulate_grad_batches if shuffle else 1,
+        )
+
+
+def share_of(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def read_trajectories(folder: str | Path) -> list[Trajectory]:
+    """All trajectories of a folder, in the order of its shards. Raises :class:`UserError` naming file and line."""
+    shards = sorted(Path(folder).glob("trajectories-*.jsonl"))
+    found = [_trajectory(place, row) for shard in shards for place, row in read_jsonl(str(shard))]
+    if not found:
+        raise UserError(f"{folder} holds no trajectories (trajectories-*.jsonl); make some with `rftt curate --out {folder}`")
+    return found
+
+
+def _trajectory(place: str, row: Any) -> Trajectory:
+    try:
+        return Trajectory.from_json(row)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{place}: not a trajectory ({type(error).__name__}: {error}); make the file with `rftt curate`") from error
+
+
+def first(batches: Batches, count: int) -> list[SFTBatch]:
+    """The next ``count`` batches, or what is left of the epoch."""
+    return list(islice(batches, count))
