@@ -216,7 +216,9 @@ class ScriptedReward(Reward):
 
     def _score(self, rollout: Rollout, verdict: Verdict) -> Score:
         value = self.value(rollout, verdict)
-        return Score(verdict, value, (*(0.0 for _ in rollout.segments[1:]), value), (*(None for _ in rollout.segments[1:]), 0.5))
+        return Score(
+            verdict, value, (*(0.0 for _ in rollout.segments[1:]), value), (*(None for _ in rollout.segments[1:]), 0.5)
+        )
 
 
 def table_of(grammar: Mapping[str, Sequence[str]], prompted: Mapping[str, Sequence[str]] | None = None) -> TokenTable:

@@ -64,7 +64,7 @@ def stages(out: Path, seed: int, world: Path, short: int) -> list[Stage]:
     base = command("evaluate", "--out", out / "evaluate_base", "--seed", seed, config="evaluate_cot")
     return [
         Stage("search", command("search", "--out", out / "search", "--seed", seed)),
-        Stage("curate", command("curate", "--trees", out / "search", "--out", out / "curate", "--seed", seed), ("search",)),
+        Stage("curate", command("curate", "--trees", out / "search", "--out", out / "curate", "--curator.seed", seed), ("search",)),
         Stage("sft", command("sft fit", "--data.folder", out / "curate", "--out", out / "sft", "--seed_everything", seed), ("curate",)),
         fit("rl", sft, ("sft",)),
         rate("rl", rl, ("rl",)),

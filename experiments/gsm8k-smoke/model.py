@@ -57,7 +57,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 def random_model(tokenizer: PreTrainedTokenizerFast, seed: int, turn: int) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=64 * (len(tokenizer) // 64 + 2),  # padded as Qwen2.5's is: there are spare rows for functional tokens
+        vocab_size=64
+        * (len(tokenizer) // 64 + 2),  # padded as Qwen2.5's is: there are spare rows for functional tokens
         hidden_size=64,
         intermediate_size=160,
         num_hidden_layers=2,

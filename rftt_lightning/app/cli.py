@@ -41,7 +41,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (`| head`) has left
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  the interpreter flushes it when it ends
         return 1
-    except Exception as error:  # noqa: BLE001  the border: everything unforeseen becomes one line
+    except Exception as error:
         if os.environ.get("RFTT_DEBUG"):
             raise
         return _complain(f"fault: {type(error).__name__}: {error} (traceback in {_keep_traceback()})", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -48,9 +49,9 @@ def run_command(function: Callable[..., Any], args: Sequence[str], prog: str) ->
     parser.add_argument("--config", action="config", help="YAML file with options; may be repeated, later ones win")
     parser.add_function_arguments(function, fail_untyped=True, sub_configs=True)
     config = parser.parse_args(list(args))
-    settings = parser.instantiate_classes(config)
+    settings = parser.instantiate(config)
     if settings.get("out"):
-        save_config(parser.dump(config, skip_none=False), settings.out)
+        save_config(parser.dump(config, skip_unset=False), settings.out)
     settings.pop("config", None)
     function(**vars(settings))
     return 0
@@ -59,7 +60,17 @@ def run_command(function: Callable[..., Any], args: Sequence[str], prog: str) ->
 def save_config(text: str, folder: str | Path) -> None:
     """Write a config into an output folder, which is made if need be; an earlier one is replaced."""
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         (Path(folder) / CONFIG).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+
+
+def make_folder(folder: str | Path) -> None:
+    """Make an output folder if need be. Raises :class:`UserError` if it cannot be made or written to."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write to {folder}: Permission denied; choose another --out")

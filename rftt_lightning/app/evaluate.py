@@ -130,7 +130,7 @@ def _repairs(
 def _n_rollouts(trees: Sequence[Tree], n: int, seconds: float) -> dict[str, Any]:
     """Accuracies by the first ``n`` rollouts. A tree that was spent earlier counts with the rollouts it has. Tokens are
     those newly written; seconds are the search's, shared out by tokens."""
-    chosen = {name: 0 for name in (*VOTES, "any")}
+    chosen = dict.fromkeys((*VOTES, "any"), 0)
     for tree in trees:
         first = tree.rollouts()[:n]
         for name, choose in VOTES.items():

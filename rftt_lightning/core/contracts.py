@@ -11,6 +11,7 @@ Token ids are the truth: a segment keeps exactly the ids that the model saw or w
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -134,7 +135,12 @@ class Sampling:
     max_segment_tokens: int = 512
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_prior < 1 or self.max_segment_tokens < 1:
+        if (
+            self.temperature < 0
+            or not 0 < self.top_p <= 1
+            or not 0 <= self.min_prior < 1
+            or self.max_segment_tokens < 1
+        ):
             raise UserError(
                 f"sampling out of range: {self}; need temperature >= 0, 0 < top_p <= 1, 0 <= min_prior < 1, "
                 "max_segment_tokens >= 1"
@@ -212,6 +218,13 @@ class Rollout:
     def length(self) -> int:
         """Response tokens."""
         return sum(len(segment.tokens) for segment in self.segments)
+
+    @property
+    def confidence(self) -> float:
+        """Geometric mean of the response tokens' probabilities, in [0, 1]; 0 for an incomplete path. Sees no gold answer."""
+        if not self.complete:
+            return 0.0
+        return math.exp(sum(sum(segment.logprobs) for segment in self.segments) / max(self.length, 1))
 
 
 @dataclass(frozen=True)

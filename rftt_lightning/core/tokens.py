@@ -56,16 +56,26 @@ class TokenTable:
             raise UserError(f"cannot read the functional-token table {path}: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{path} is no functional-token table (needs tokens, grammar, prompted): {reason}") from error
+            raise UserError(
+                f"{path} is no functional-token table (needs tokens, grammar, prompted): {reason}"
+            ) from error
         return table
 
     def _check(self, path: Path) -> None:
         names = [token.name for token in self.tokens]
-        if len(set(names)) != len(names) or not all(re.fullmatch(r"[a-z][a-z0-9_]*", n) for n in names) or QUESTION in names:
-            raise UserError(f"{path}: token names must be distinct lower-case words, none of them {QUESTION!r}; got {names}")
+        if (
+            len(set(names)) != len(names)
+            or not all(re.fullmatch(r"[a-z][a-z0-9_]*", n) for n in names)
+            or QUESTION in names
+        ):
+            raise UserError(
+                f"{path}: token names must be distinct lower-case words, none of them {QUESTION!r}; got {names}"
+            )
         for part, table in (("grammar", self.grammar), ("prompted", self.prompted)):
             if not table.get(QUESTION):
-                raise UserError(f"{path}: {part} has no row {QUESTION!r} with followers, so no path could begin; add one")
+                raise UserError(
+                    f"{path}: {part} has no row {QUESTION!r} with followers, so no path could begin; add one"
+                )
             followers = {follower for row in table.values() for follower in row}
             for name in ({*table} - {QUESTION} | followers) - {*names}:
                 raise UserError(f"{path}: {part} names {name!r}, which is not among the tokens {names}")
@@ -75,7 +85,9 @@ class TokenTable:
                 if len(set(row)) != len(row):
                     raise UserError(f"{path}: {part} names a follower of {name!r} twice; name each once")
             if lost := _endless(table):
-                raise UserError(f"{path}: {part} has no way from {lost!r} to a terminal token (a row without followers); add one")
+                raise UserError(
+                    f"{path}: {part} has no way from {lost!r} to a terminal token (a row without followers); add one"
+                )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -115,9 +127,13 @@ class TokenTable:
         grammar = {k: tuple(v for v in row if v not in names) for k, row in self.grammar.items()}
         for after, row in grammar.items():
             if self.grammar[after] and not row:
-                raise UserError(f"masking {', '.join(names)} leaves nothing that may follow {after!r}; mask fewer tokens")
+                raise UserError(
+                    f"masking {', '.join(names)} leaves nothing that may follow {after!r}; mask fewer tokens"
+                )
         if lost := _endless(grammar):
-            raise UserError(f"masking {', '.join(names)} leaves no way from {lost!r} to a terminal token; mask fewer tokens")
+            raise UserError(
+                f"masking {', '.join(names)} leaves no way from {lost!r} to a terminal token; mask fewer tokens"
+            )
         return replace(self, grammar=grammar)
 
     def render(self, steps: Sequence[Step]) -> str:

@@ -161,7 +161,8 @@ class Tree:
             rules = {
                 "a child is younger than its parent": all(kid > k and self.parent[kid] == k for kid in kids),
                 "its parent lists it once": k == 0 or self.children[self.parent[k]].count(k) == 1,
-                "N = rollouts ended here + N of children": self.visits[k] == ended[k] + sum(self.visits[i] for i in kids),
+                "N = rollouts ended here + N of children": self.visits[k]
+                == ended[k] + sum(self.visits[i] for i in kids),
                 "W = values ended here + W of children": math.isclose(self.values[k], total, abs_tol=1e-9),
                 "0 <= W <= N": -1e-9 <= self.values[k] <= self.visits[k] + 1e-9,
                 "visited nodes have segments": k == 0 or (self.visits[k] > 0) == (segment is not None),

@@ -59,6 +59,7 @@ class HFBackend(Backend):
             if name not in table.names:
                 raise UserError(f"backend.mask names {name!r}, which is not among the tokens {', '.join(table.names)}")
         self._bind(*load(model, dtype, attention, device), table.without(*mask), batch_size)
+        self.name = model  # stores refuse to mix the trees of two models
 
     @classmethod
     def live(

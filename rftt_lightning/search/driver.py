@@ -79,7 +79,9 @@ def grow(
         ended = _round(growing, expander, backend, seed, progress)
         if ended:
             _score(ended, reward, source, progress)
-        finished = [g for g in growing if not g.visits and (g.begun >= expander.rollouts or expander.select(g.tree) is None)]
+        finished = [
+            g for g in growing if not g.visits and (g.begun >= expander.rollouts or expander.select(g.tree) is None)
+        ]
         growing = [g for g in growing if g not in finished]
         progress.trees += len(finished)
         tick(progress)

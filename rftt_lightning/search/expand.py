@@ -144,7 +144,9 @@ class TokenExpander(Expander):
             rest = [Plan(tag, priors[tag]) for tag in others[: self.width - 1]]
         else:
             likely = {tag: p for tag, p in priors.items() if p >= self.sampling.min_prior}
-            likely = likely or {max(priors, key=priors.__getitem__): 1.0}  # all are rare: the backend, too, keeps the best
+            likely = likely or {
+                max(priors, key=priors.__getitem__): 1.0
+            }  # all are rare: the backend, too, keeps the best
             draws = rng.choices(list(likely), list(likely.values()), k=self.width - 1)
             rest = [Plan(tag, priors[tag], Provenance.SAMPLED) for tag in draws]
         return tree.plan(node, [first, *rest])[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -34,17 +33,10 @@ class Accuracy:
         return f"{100 * self.accuracy:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
-def confidence(rollout: Rollout) -> float:
-    """Geometric mean of the sampled probability of the response's tokens, in [0, 1]; 0 for an incomplete path."""
-    if not rollout.complete:
-        return 0.0
-    return math.exp(sum(sum(s.logprobs) for s in rollout.segments) / max(rollout.length, 1))
-
-
 def score_of(rollout: Rollout) -> float:
-    """Mean step score of a process reward if the path has one, else the policy's own :func:`confidence`."""
+    """Mean step score of a process reward if the path has one, else the policy's own confidence."""
     steps = [s for s in rollout.score.steps if s is not None] if rollout.score else []
-    return sum(steps) / len(steps) if steps and rollout.complete else confidence(rollout)
+    return sum(steps) / len(steps) if steps and rollout.complete else rollout.confidence
 
 
 def answer_of(rollout: Rollout) -> str | None:

@@ -9,23 +9,17 @@ attempt, like next_step or, to the end, direct_answer · output the equations of
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
-from rftt_lightning.core.contracts import Problem, ProblemSource, Status, Step, UserError, Verdict
-
-SPLITS = {"test": 0.1, "validation": 0.1, "train": 0.8}
-LONGEST = 4096
-"""Characters of a response that are read at most."""
+from rftt_lightning.core.contracts import Problem, Step, UserError
+from rftt_lightning.tiny.world import AFTER, World, compute
 
 _EQUATION = re.compile(r"(\d{1,4}) ([-+*]) (\d{1,4}) = (\d{1,4})")
-_SEGMENT = re.compile(r"<([a-z_]+)>([^<]*)</\1>")
 
 
 class Move(NamedTuple):
@@ -46,10 +40,6 @@ class Move(NamedTuple):
         return f"{self.equation} ; {' '.join(map(str, self.rest))}"
 
 
-def compute(left: int, sign: str, right: int) -> int:
-    return left + right if sign == "+" else left - right if sign == "-" else left * right
-
-
 def moves(numbers: Sequence[int], highest: int = 99) -> list[Move]:
     """All legal next equations: two of the numbers, values in 0..highest, the larger number first in a difference."""
     found = set()
@@ -63,11 +53,11 @@ def moves(numbers: Sequence[int], highest: int = 99) -> list[Move]:
     return sorted(found)
 
 
-def reachable(numbers: Sequence[int], highest: int = 99) -> set[int]:
-    """Values that some complete sequence of moves ends at."""
+def finals(numbers: Sequence[int], highest: int = 99) -> list[int]:
+    """The value at which each complete sequence of moves ends."""
     if len(numbers) == 1:
-        return {numbers[0]}
-    return {value for move in moves(numbers, highest) for value in reachable(move.rest, highest)}
+        return [numbers[0]]
+    return [value for move in moves(numbers, highest) for value in finals(move.rest, highest)]
 
 
 @dataclass
@@ -137,7 +127,7 @@ def solves(numbers: Sequence[int], target: int, equations: str, highest: int = 9
     return attempt.answer(equations) and attempt.left == (target,)
 
 
-class Countdown(ProblemSource):
+class Countdown(World):
     """Procedural problems, disjoint splits by a hash of (sorted numbers, target), exact judge, exact step checker.
 
     Args:
@@ -146,6 +136,8 @@ class Countdown(ProblemSource):
         seed: of the order.
         numbers: how many numbers a problem gives; largest: the largest of them; highest: the largest value on the way.
     """
+
+    name = "countdown"
 
     def __init__(
         self,
@@ -157,67 +149,30 @@ class Countdown(ProblemSource):
         largest: int = 20,
         highest: int = 99,
     ) -> None:
-        if split not in SPLITS:
-            raise UserError(f"countdown.split is {split!r}; use one of {', '.join(SPLITS)}")
-        if count < 1 or start < 0 or not 2 <= numbers <= 5 or not 1 <= largest <= highest:
+        super().__init__(split, count, start, seed)
+        if not 2 <= numbers <= 5 or not 1 <= largest <= highest <= 99:
             raise UserError(
-                f"countdown needs count >= 1, start >= 0, 2 <= numbers <= 5 and 1 <= largest <= highest; got count={count}, "
-                f"start={start}, numbers={numbers}, largest={largest}, highest={highest}"
+                "countdown needs 2 <= numbers <= 5 and 1 <= largest <= highest <= 99; got "
+                f"numbers={numbers}, largest={largest}, highest={highest}"
             )
-        self.split, self.count, self.start, self.seed = split, count, start, seed
         self.numbers, self.largest, self.highest = numbers, largest, highest
 
-    def problems(self) -> Sequence[Problem]:
-        return self._problems
-
-    @cached_property
-    def _problems(self) -> list[Problem]:
-        rng = random.Random(f"countdown {self.seed} {self.split}")
-        found: dict[str, Problem] = {}
-        tries = 0
-        while len(found) < self.start + self.count:
-            tries += 1
-            if tries > 1000 * (self.start + self.count):
-                raise UserError(
-                    f"countdown has only about {len(found)} {self.split} problems with numbers={self.numbers}, "
-                    f"largest={self.largest}; lower count or start"
-                )
-            numbers = [rng.randint(1, self.largest) for _ in range(self.numbers)]
-            target = rng.choice(sorted(reachable(numbers, self.highest)) or [-1])
-            if target >= 0 and split_of(numbers, target) == self.split:
-                problem = self._problem(numbers, target)
-                found.setdefault(problem.id, problem)
-        return list(found.values())[self.start :]
-
-    def _problem(self, numbers: Sequence[int], target: int) -> Problem:
-        name = f"countdown/{self.split}/{'-'.join(map(str, sorted(numbers)))}={target}"
+    def draw(self, rng: random.Random) -> tuple[str, Problem]:
+        """A problem whose target a random path reaches, so targets that many paths reach are more frequent."""
+        numbers = [rng.randint(1, self.largest) for _ in range(self.numbers)]
+        target = rng.choice(finals(numbers, self.highest))
+        name = f"countdown/{'-'.join(map(str, sorted(numbers)))}={target}"
         question = f"{' '.join(map(str, numbers))} target {target}"
-        return Problem(name, question, level=str(self.numbers), data={"numbers": list(numbers), "target": target})
+        data = {"numbers": numbers, "target": target}
+        return f"{sorted(numbers)} {target}", Problem(name, question, str(target), level=str(self.numbers), data=data)
 
-    def judge(self, problem: Problem, response: str) -> Verdict:
-        numbers, target = problem.data["numbers"], problem.data["target"]
-        if len(response) > LONGEST:
-            return Verdict(Status.NO_ANSWER, rule="longer than any answer")
-        segments = [Step(*pair) for pair in _SEGMENT.findall(response)]
-        stated = [text for tag, text in segments if tag == "output"]
-        if stated:
-            answer = stated[-1].strip()
-        elif segments:
-            answer = self._replay(problem, segments)[0].equations
-        else:
-            answer = response.strip()
-        if not _EQUATION.search(answer):
-            return Verdict(Status.NO_ANSWER, rule="no equation")
-        right = solves(numbers, target, answer, self.highest)
-        return Verdict(Status.RIGHT if right else Status.WRONG, answer, str(target), "equations evaluated")
+    def plain_answer(self, text: str) -> str:
+        return text if _EQUATION.search(text) else ""
 
-    def output(self, answer: str) -> str:
-        return answer
+    def right(self, problem: Problem, answer: str) -> bool:
+        return solves(problem.data["numbers"], problem.data["target"], answer, self.highest)
 
-    def check_steps(self, problem: Problem, steps: Sequence[Step]) -> list[float | None]:
-        return self._replay(problem, steps)[1]
-
-    def _replay(self, problem: Problem, steps: Sequence[Step]) -> tuple[Attempt, list[float | None]]:
+    def replay(self, problem: Problem, steps: Sequence[Step]) -> tuple[str, list[float | None]]:
         attempt = Attempt(tuple(problem.data["numbers"]), problem.data["target"], self.highest)
         judges = {"next_step": attempt.step, "direct_answer": attempt.answer, "refine": attempt.refine, "verify": attempt.check}
         scores: list[float | None] = []
@@ -225,32 +180,11 @@ class Countdown(ProblemSource):
             if tag == "output":
                 scores.append(float(text == attempt.equations))
             else:
-                scores.append(float(judges[tag](text[:LONGEST])) if tag in judges else None)
-        return attempt, scores
-
-
-def split_of(numbers: Sequence[int], target: int) -> str:
-    """The split that a problem belongs to, whatever the order of its numbers."""
-    key = f"{sorted(numbers)} {target}".encode()
-    share = int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") / 2**32
-    for split, width in SPLITS.items():
-        if share < width:
-            return split
-        share -= width
-    return "train"
+                scores.append(float(judges[tag](text)) if tag in judges else None)
+        return self.plain_answer(attempt.equations), scores
 
 
 # -- documents from which the base model learns --------------------------------------------------------------------------
-
-_AFTER = {
-    "question": ("clarify", "analyze", "subquestion", "next_step", "direct_answer"),
-    "clarify": ("analyze", "subquestion", "next_step", "direct_answer"),
-    "analyze": ("subquestion", "next_step", "direct_answer"),
-    "subquestion": ("next_step", "direct_answer"),
-    "next_step": ("next_step", "direct_answer", "subquestion"),
-    "refine": ("next_step", "direct_answer", "subquestion"),
-}
-
 
 def document(problem: Problem, rng: random.Random, checks: float = 0.75, mends: float = 0.7, whole: float = 0.3) -> list[Step]:
     """A correct-in-every-step but aimless solution: uniformly random legal choices, no knowledge of the solution.
@@ -264,7 +198,7 @@ def document(problem: Problem, rng: random.Random, checks: float = 0.75, mends: 
     state, tag, pair = numbers, "question", None
     while True:
         while len(state) > 1 and moves(state):
-            tag = rng.choice(_AFTER[tag])
+            tag = rng.choice(AFTER[tag])
             if tag in ("clarify", "analyze"):
                 gaps = " ".join(str(abs(target - n)) for n in state)
                 steps.append(Step(tag, gaps if tag == "analyze" else f"{' '.join(map(str, sorted(numbers)))} ; {target}"))

@@ -11,8 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -23,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rftt_lightning.core.contracts import Trajectory, UserError
 from rftt_lightning.core.tokens import TokenTable
-from rftt_lightning.search.problems import read_jsonl
+from rftt_lightning.search.store import read_trajectories
 
 
 @dataclass(frozen=True)
@@ -64,36 +62,45 @@ class SFTBatch:
         return replace(self, **{name: getattr(self, name).to(device, **kwargs) for name in names})
 
 
-def encode(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase, table: TokenTable) -> Example | None:
-    """Ids of the chat-templated question, then ``[open] content [close]`` of each step, then end of turn. Every part is encoded
-    alone, so nothing merges across a tag. None if a content spells a tag itself: it would not be read back as it was."""
-    known = tokenizer.get_vocab()
-    if missing := [tag for tag in table.tags if tag not in known]:
-        raise UserError(f"the tokenizer has no functional token {missing[0]}; add the tokens to it before encoding")
-    tags = {known[tag] for tag in table.tags}
-    turns = [{"role": "user", "content": trajectory.problem.question}]
-    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    tokens, loss = list(prompt), [False] * len(prompt)
-    for (tag, text), train in zip(trajectory.steps, trajectory.train, strict=True):
-        if tag not in table.names:
-            raise UserError(f"a trajectory of {trajectory.problem.id} has a step {tag!r}, which is not in the token table")
-        content = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not tags.isdisjoint(content):
-            return None
-        step = [known[table[tag].open], *content, known[table[tag].close]]
-        tokens += step
-        loss += [train] * len(step)
-    functional = [i >= len(prompt) and token in tags for i, token in enumerate(tokens)]
-    return Example((*tokens, tokenizer.eos_token_id), (*loss, True), (*functional, False))
+class Encoder:
+    """Trajectories as ids. Raises :class:`UserError` if the tokenizer lacks a functional token of the table."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, table: TokenTable) -> None:
+        known = tokenizer.get_vocab()
+        if missing := [tag for tag in table.tags if tag not in known]:
+            raise UserError(f"the tokenizer has no functional token {missing[0]}; add the tokens to it before encoding")
+        self.tokenizer, self.table = tokenizer, table
+        self.ids = {tag: known[tag] for tag in table.tags}
+        self.tags = frozenset(self.ids.values())
+
+    def __call__(self, trajectory: Trajectory) -> Example | None:
+        """Ids of the chat-templated question, then ``[open] content [close]`` of each step, then end of turn. Every part is
+        encoded alone, so nothing merges across a tag. None if a content spells a tag: it would be read back as another path."""
+        turns = [{"role": "user", "content": trajectory.problem.question}]
+        prompt = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        tokens, loss = list(prompt), [False] * len(prompt)
+        for (tag, text), train in zip(trajectory.steps, trajectory.train, strict=True):
+            if tag not in self.table.names:
+                raise UserError(
+                    f"a trajectory of {trajectory.problem.id} has a step {tag!r}, which is not in the token table"
+                )
+            content = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if not self.tags.isdisjoint(content):
+                return None
+            step = [self.ids[self.table[tag].open], *content, self.ids[self.table[tag].close]]
+            tokens += step
+            loss += [train] * len(step)
+        functional = [i >= len(prompt) and token in self.tags for i, token in enumerate(tokens)]
+        return Example((*tokens, self.tokenizer.eos_token_id), (*loss, True), (*functional, False))
 
 
 def encode_all(
-    trajectories: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase, table: TokenTable, max_length: int
+    trajectories: Sequence[Trajectory], encoder: Encoder, max_length: int
 ) -> tuple[list[Example], Counter[str]]:
     """Examples, and how many were ``kept``, dropped as ``too_long`` (over ``max_length`` tokens), or as ``tag_in_text``."""
     examples, counts = [], Counter(kept=0, too_long=0, tag_in_text=0)
     for trajectory in trajectories:
-        example = encode(trajectory, tokenizer, table)
+        example = encoder(trajectory)
         fate = "tag_in_text" if example is None else "too_long" if len(example) > max_length else "kept"
         counts[fate] += 1
         if example is not None and fate == "kept":
@@ -120,10 +127,11 @@ def collate(examples: Sequence[Example], packed: bool, pad: int, denominator: in
 class Batches:
     """An endless order of batches, one epoch an iteration, that resumes exactly.
 
-    An epoch's order is a function of ``seed`` and its number. ``size`` examples make a batch; if ``max_tokens`` is given, as many
-    as fit in it (padding included), then they are grouped once and the order of the groups is shuffled. Each of ``world`` ranks
-    gets every ``world``-th batch; ``accumulate`` batches of each make an optimizer step. Where the last step has too few
-    batches for all ranks, the rest get one without loss tokens. ``shuffle=False`` keeps the examples' order (validation).
+    An epoch's order is a function of ``seed`` and its number. ``size`` examples make a batch; if ``max_tokens`` is given,
+    as many as fit in it (padding included), then they are grouped once and the order of the groups is shuffled. Each of
+    ``world`` ranks gets every ``world``-th batch; ``accumulate`` batches of each make an optimizer step. Where the last step
+    has too few batches for all ranks, the rest get one without loss tokens. ``shuffle=False`` keeps the examples' order
+    (validation).
     """
 
     def __init__(
@@ -202,8 +210,9 @@ class Batches:
         mine = self.state_dict()
         if any(state[name] != mine[name] for name in ("batches", "examples")):
             raise UserError(
-                f"the checkpoint was written with {state['examples']} examples in {state['batches']} batches an epoch, now there "
-                f"are {mine['examples']} in {mine['batches']}; resume with the same data and batch size, or start a new run"
+                f"the checkpoint was written with {state['examples']} examples in {state['batches']} batches an epoch, now "
+                f"there are {mine['examples']} in {mine['batches']}; resume with the same data and batch size, or start a "
+                "new run"
             )
         self.epoch, self.done = state["epoch"], state["done"]
 
@@ -214,10 +223,11 @@ class TreeDataModule(lightning.LightningDataModule):
     The effective batch of an optimizer step is ``batch_size * trainer.accumulate_grad_batches * devices``.
 
     Args:
-        folder: output folder of ``rftt curate`` (``trajectories-*.jsonl``).
+        folder: output folder of ``rftt curate`` (a store of trajectories).
         batch_size: trajectories in one forward pass of one device.
         max_tokens: if given, one forward pass holds as many trajectories as fit in so many tokens, instead of batch_size.
-        packing: put the trajectories of a forward pass into one row, without padding; equal to padding but for speed.
+        packing: put the trajectories of a forward pass into one row, without padding. The same loss and gradients; faster only
+            with an attention that passes over other trajectories (flash_attention_2), slower on CPUs.
         max_length: longer trajectories (prompt included, in tokens) are dropped, and counted.
         val_fraction: share of problems, chosen by a hash of their ids, that is kept for validation.
         seed: of the order.
@@ -243,25 +253,44 @@ class TreeDataModule(lightning.LightningDataModule):
         self.max_length, self.val_fraction, self.seed = max_length, val_fraction, seed
         self.train: list[Trajectory] = []
         self.validation: list[Trajectory] = []
+        self._order: Batches | None = None
+        self._resumed: dict[str, int] | None = None
 
     def setup(self, stage: str) -> None:
-        trajectories = read_trajectories(self.folder)
+        trajectories = list(read_trajectories(self.folder))
+        if not trajectories:
+            raise UserError(f"{self.folder} holds no trajectories; make some with `rftt curate --out {self.folder}`")
         held_out = [share_of(t.problem.id) < self.val_fraction for t in trajectories]
         self.train = [t for t, held in zip(trajectories, held_out, strict=True) if not held]
         self.validation = [t for t, held in zip(trajectories, held_out, strict=True) if held]
 
     def train_dataloader(self) -> Batches:
-        return self._batches("train", self.train, shuffle=True)
+        self._order = self._batches("train", self.train, shuffle=True)
+        if self._resumed:
+            self._order.load_state_dict(self._resumed)
+        return self._order
 
     def val_dataloader(self) -> Batches | list[Any]:
         return self._batches("validation", self.validation, shuffle=False) if self.validation else []
 
+    # Lightning restores a stateful loader itself, but not if the loader was already asked for its length (as schedules do).
+
+    def state_dict(self) -> dict[str, int]:
+        return self._order.state_dict() if self._order else {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._resumed = state_dict
+        if self._order:
+            self._order.load_state_dict(state_dict)
+
     def _batches(self, name: str, trajectories: Sequence[Trajectory], shuffle: bool) -> Batches:
         trainer, module = self.trainer, self.trainer.lightning_module
-        examples, counts = encode_all(trajectories, module.tokenizer, module.table, self.max_length)
+        examples, counts = encode_all(trajectories, Encoder(module.tokenizer, module.table), self.max_length)
         rank_zero_info(f"{name} trajectories: " + ", ".join(f"{count} {fate}" for fate, count in counts.items()))
         if not examples:
-            raise UserError(f"{self.folder}: no {name} trajectory of at most {self.max_length} tokens is left; see max_length")
+            raise UserError(
+                f"{self.folder}: no {name} trajectory of at most {self.max_length} tokens is left; see max_length"
+            )
         return Batches(
             examples,
             self.batch_size,
@@ -279,24 +308,3 @@ class TreeDataModule(lightning.LightningDataModule):
 def share_of(name: str) -> float:
     """A number in [0, 1) that depends on the name alone."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64
-
-
-def read_trajectories(folder: str | Path) -> list[Trajectory]:
-    """All trajectories of a folder, in the order of its shards. Raises :class:`UserError` naming file and line."""
-    shards = sorted(Path(folder).glob("trajectories-*.jsonl"))
-    found = [_trajectory(place, row) for shard in shards for place, row in read_jsonl(str(shard))]
-    if not found:
-        raise UserError(f"{folder} holds no trajectories (trajectories-*.jsonl); make some with `rftt curate --out {folder}`")
-    return found
-
-
-def _trajectory(place: str, row: Any) -> Trajectory:
-    try:
-        return Trajectory.from_json(row)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{place}: not a trajectory ({type(error).__name__}: {error}); make the file with `rftt curate`") from error
-
-
-def first(batches: Batches, count: int) -> list[SFTBatch]:
-    """The next ``count`` batches, or what is left of the epoch."""
-    return list(islice(batches, count))

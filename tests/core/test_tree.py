@@ -5,12 +5,12 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted import ScriptedBackend, ScriptedReward, ScriptedSource, table_of
 
 from rftt_lightning.core.contracts import Problem, Provenance, Sampling, Score, Segment, Status, Verdict
 from rftt_lightning.core.tree import Plan, Tree
 from rftt_lightning.search.driver import grow
 from rftt_lightning.search.expand import TokenExpander
+from scripted import ScriptedBackend, ScriptedReward, ScriptedSource, table_of
 
 PROBLEM = Problem("p/1", "what ?", "7", data={"numbers": [1, 2]})
 GRAMMAR = {"question": ["a", "b"], "a": ["a", "b", "out"], "b": ["a", "out"], "out": []}
@@ -157,7 +157,10 @@ BREAKS = {
     "lists it once": lambda t: t.children[0].remove(2),
     "N = ": lambda t: t.visits.__setitem__(1, 5),
     "W = ": lambda t: t.values.__setitem__(1, 0.25),
-    "0 <= W <= N": lambda t: (t.leaves.__setitem__(0, (3, score(1.5))), [t.values.__setitem__(k, 1.5) for k in (0, 1, 3)]),
+    "0 <= W <= N": lambda t: (
+        t.leaves.__setitem__(0, (3, score(1.5))),
+        [t.values.__setitem__(k, 1.5) for k in (0, 1, 3)],
+    ),
     "have segments": lambda t: t.segments.__setitem__(1, None),
     "was planned": lambda t: t.segments.__setitem__(1, segment("other")),
     "has no children": lambda t: t.ends.__setitem__(1, True),
@@ -227,7 +230,14 @@ def test_golden_tree_of_legal_children():
     assert [k for k in range(len(tree)) if tree.spent[k]] == [3, 6, 8, 11]
     assert tree.select(2.0) == 5  # a: 1/2 + 2 sqrt(ln 4 / 2) = b's; the elder, whose planned child b waits
     chosen = [tree.segments[k].provenance[0] for k in (1, 2, 3, 4, 7, 11)]
-    assert chosen == [Provenance.ARGMAX, Provenance.UCT, Provenance.ARGMAX, Provenance.UCT, Provenance.UCT, Provenance.ARGMAX]
+    assert chosen == [
+        Provenance.ARGMAX,
+        Provenance.UCT,
+        Provenance.ARGMAX,
+        Provenance.UCT,
+        Provenance.UCT,
+        Provenance.ARGMAX,
+    ]
 
 
 def test_golden_tree_of_drawn_children():

@@ -4,13 +4,13 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted import ScriptedBackend, ScriptedReward, ScriptedSource, shuffled
 
 from rftt_lightning.core.contracts import Status, UserError
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.core.tree import Tree
 from rftt_lightning.search.driver import Progress, grow
 from rftt_lightning.search.expand import ChainOfThought, PromptExpander, TokenExpander
+from scripted import ScriptedBackend, ScriptedReward, ScriptedSource, shuffled
 
 TABLE = TokenTable.from_yaml()
 
@@ -81,7 +81,12 @@ def test_batches_are_as_wide_as_allowed_and_rounds_never_share_a_node(expander, 
             return expander.ask(tree, node, backend, seed)
 
     grown(
-        PROBLEMS, Spy(), backend=backend, concurrency=concurrency, parallel=parallel, tick=lambda progress: rounds.append([])
+        PROBLEMS,
+        Spy(),
+        backend=backend,
+        concurrency=concurrency,
+        parallel=parallel,
+        tick=lambda progress: rounds.append([]),
     )
     rounds.pop()
     assert [len(r) for r in rounds] == [len(batch) for batch in backend.batches]

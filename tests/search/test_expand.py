@@ -5,12 +5,12 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted import ScriptedBackend, ScriptedReward, ScriptedSource, table_of
 
 from rftt_lightning.core.contracts import QUESTION, Provenance, Sampling, UserError
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.search.driver import grow
 from rftt_lightning.search.expand import ChainOfThought, PromptExpander, TokenExpander, dialogue, read_prompts, seed_of
+from scripted import ScriptedBackend, ScriptedReward, ScriptedSource, table_of
 
 TABLE = TokenTable.from_yaml()
 CUSTOM = {
@@ -33,7 +33,11 @@ def prompts(tmp_path_factory):
 def yaml_table(folder, grammar, prompted=None):
     path = folder / "table.yaml"
     names = dict.fromkeys(n for part in (grammar, prompted or grammar) for n in part if n != QUESTION)
-    data = {"tokens": [{"name": n, "description": n} for n in names], "grammar": grammar, "prompted": prompted or grammar}
+    data = {
+        "tokens": [{"name": n, "description": n} for n in names],
+        "grammar": grammar,
+        "prompted": prompted or grammar,
+    }
     path.write_text(yaml.safe_dump(data))
     return str(path)
 
@@ -98,7 +102,9 @@ def test_stored_tokens_are_what_the_backend_saw(settings, seed):
     seen = set()
     for tree in trees(expander, backend, 2, seed):
         nodes = {tree.tokens(k) for k in range(len(tree))}
-        assert {r.prompt for batch in backend.batches for r in batch if r.prompt[: len(tree.prompt)] == tree.prompt} <= nodes
+        assert {
+            r.prompt for batch in backend.batches for r in batch if r.prompt[: len(tree.prompt)] == tree.prompt
+        } <= nodes
         seen |= {tree.tokens(leaf) for leaf, _ in tree.leaves}
     again = ScriptedBackend(TABLE)
     written = {
@@ -245,7 +251,9 @@ def test_siblings_with_one_tag_have_contents_of_their_own():
     segment=st.sampled_from([1, 3, 512]),
     seed=st.integers(0, 1000),
 )
-def test_prompted_trees_obey_their_part_of_the_table_and_budgets(prompts, max_depth, max_tokens, samples, segment, seed):
+def test_prompted_trees_obey_their_part_of_the_table_and_budgets(
+    prompts, max_depth, max_tokens, samples, segment, seed
+):
     expander = PromptExpander(
         prompts=prompts,
         rollouts=6,
@@ -279,13 +287,17 @@ def test_prompted_requests_are_the_dialogue_so_far(prompts):
     for depth, node in enumerate(path):
         before = [f"[assistant] {tree.segments[k].text} [end]" for k in path[:depth]]
         question = tree.problem.question
-        users = [f"[user] {question if i == 0 else ''} please {tree.tag(k)} [end]" for i, k in enumerate(path[: depth + 1])]
+        users = [
+            f"[user] {question if i == 0 else ''} please {tree.tag(k)} [end]" for i, k in enumerate(path[: depth + 1])
+        ]
         words = " ".join(" ".join(pair) for pair in zip(users, [*before, "[assistant]"], strict=True)).split()
         assert asked[" ".join(words)] == tree.tag(node)
 
 
 def test_dialogue():
-    chat = dialogue("What?", [("clarify", "It is so."), ("next_step", "1+1=2")], {"clarify": "C", "next_step": "N"}, "next_step")
+    chat = dialogue(
+        "What?", [("clarify", "It is so."), ("next_step", "1+1=2")], {"clarify": "C", "next_step": "N"}, "next_step"
+    )
     assert [tuple(message) for message in chat] == [
         ("user", "What?\n\nC"),
         ("assistant", "It is so."),

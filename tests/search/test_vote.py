@@ -7,13 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rftt_lightning.core.contracts import Problem, Rollout, Score, Segment, Status, Verdict
-from rftt_lightning.search.vote import Accuracy, answer_of, best, confidence, score_of, vote
+from rftt_lightning.search.vote import Accuracy, answer_of, best, score_of, vote
 
 
 def rollout(answer, logprob=-0.5, steps=(), complete=True, forms=None):
     segment = Segment("output", (1, 2), (logprob, logprob), (0, 0), answer or "", complete)
     status = Status.WRONG if answer else Status.NO_ANSWER
-    return Rollout(Problem("p", "?"), (), (segment,), complete, score=Score(Verdict(status, answer, forms=forms), 0.0, (0.0,), steps))
+    return Rollout(
+        Problem("p", "?"),
+        (),
+        (segment,),
+        complete,
+        score=Score(Verdict(status, answer, forms=forms), 0.0, (0.0,), steps),
+    )
 
 
 @given(st.lists(st.sampled_from(["1", "2", "3", None]), max_size=20))
@@ -37,7 +43,9 @@ def test_answers_of_one_normal_form_vote_together():
 
 def test_scores_are_step_scores_or_else_the_policys_confidence():
     assert score_of(rollout("1", steps=(0.25, None, 0.75))) == 0.5
-    assert score_of(rollout("1", logprob=-0.5, steps=(None,))) == confidence(rollout("1")) == pytest.approx(math.exp(-0.5))
+    assert (
+        score_of(rollout("1", logprob=-0.5, steps=(None,))) == rollout("1").confidence == pytest.approx(math.exp(-0.5))
+    )
     assert score_of(rollout("1", steps=(0.9,), complete=False)) == 0.0
 
 

@@ -1,0 +1,38 @@
+"""``rftt rl fit --config configs/tiny/rl.yaml``: a LightningCLI whose trainer is the Fabric loop. Also validate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from rftt_lightning.app.fit import FitCLI
+from rftt_lightning.training.loop import RLTrainer
+from rftt_lightning.training.problems import ProblemDataModule
+from rftt_lightning.training.rl import RLModule
+
+
+class RLCLI(FitCLI):
+    NAMED = ("last", "none")
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(self.trainer_class, "trainer", instantiate=False, sub_configs=True)
+        parser.add_lightning_class_args(self._model_class, "model", subclass_mode=self.subclass_mode_model)
+        parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=self.subclass_mode_data)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {"fit": {"model", "datamodule"}, "validate": {"model", "datamodule"}}
+
+
+def main(args: list[str]) -> int | None:
+    RLCLI(
+        RLModule,
+        ProblemDataModule,
+        trainer_class=RLTrainer,
+        args=args,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+    )
+    return 0

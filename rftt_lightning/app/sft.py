@@ -1,0 +1,56 @@
+"""``rftt sft fit --config configs/tiny/sft.yaml``: the SFT warm-up on the Trainer. Also validate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from rftt_lightning.app.command import make_folder, one_line
+from rftt_lightning.app.fit import FitCLI
+from rftt_lightning.core.contracts import UserError
+from rftt_lightning.training.data import TreeDataModule
+from rftt_lightning.training.sft import SFTModule
+
+
+class SFTCLI(FitCLI):
+    """``out`` is the run's folder: TensorBoard events, config.yaml, checkpoints/ and hf/ go there."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--out", type=str, default="runs/sft", help="folder of the run's results")
+        parser.link_arguments("out", "trainer.default_root_dir")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        skipped = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
+        return {"fit": skipped, "validate": skipped}
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        make_folder(self._get(self.config_init, "out"))
+        if self._get(self.config_init, "trainer")["logger"] is None:
+            kwargs["logger"] = TensorBoardLogger(self._get(self.config_init, "out"), name="", version="")
+        return super().instantiate_trainer(**kwargs)
+
+
+def main(args: list[str]) -> int | None:
+    try:
+        SFTCLI(
+            SFTModule,
+            TreeDataModule,
+            args=args,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+    except MisconfigurationException as error:
+        raise UserError(one_line(error)) from error
+    except SystemExit as error:  # how the Trainer ends after Ctrl-C
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+    return 0

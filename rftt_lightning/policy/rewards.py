@@ -1,0 +1,91 @@
+"""What a path is worth: outcome, process, blend (arXiv 2502.13389, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rftt_lightning.core.contracts import ProblemSource, Reward, Rollout, Score, Status, Verdict
+from rftt_lightning.core.paths import resolve
+from rftt_lightning.core.tokens import TokenTable
+
+
+class OutcomeReward(Reward):
+    """Is the answer right? Search backs up 1 or 0; training puts the reward on the last segment, 0 on all others.
+
+    Args:
+        right: reward of a right answer.
+        wrong: of an answer that is there and wrong (the paper's 0.1).
+        none: of a path without an answer, or whose budget was spent.
+        tokens: functional-token table; None is the paper's.
+    """
+
+    def __init__(self, right: float = 1.0, wrong: float = 0.1, none: float = 0.0, tokens: str | None = None) -> None:
+        self.right, self.wrong, self.none = right, wrong, none
+        self.table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
+
+    def score(self, source: ProblemSource, rollouts: Sequence[Rollout]) -> list[Score]:
+        return [self._score(r, v) for r, v in zip(rollouts, judge(source, rollouts, self.table), strict=True)]
+
+    def _score(self, rollout: Rollout, verdict: Verdict) -> Score:
+        last = {Status.RIGHT: self.right, Status.WRONG: self.wrong}.get(verdict.status, self.none)
+        rewards = (*[0.0] * (len(rollout.segments) - 1), last)
+        return Score(verdict, float(verdict.right), rewards)
+
+
+class Confidence(Reward):
+    """For inference: search backs up the policy's own confidence, never the gold answer, which only the verdict knows."""
+
+    def __init__(self, tokens: str | None = None) -> None:
+        self.table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
+
+    def score(self, source: ProblemSource, rollouts: Sequence[Rollout]) -> list[Score]:
+        verdicts = judge(source, rollouts, self.table)
+        return [Score(v, r.confidence, (0.0,) * len(r.segments)) for r, v in zip(rollouts, verdicts, strict=True)]
+
+
+class ProcessReward(Reward):
+    """The domain's exact step checker as a process reward: each scored segment is paid ``weight * (score - center)``.
+
+    Centring matters: positive step scores summed over a path pay for length. Segments that compute nothing are not scored.
+    Search backs up 1 or 0 for the answer.
+    """
+
+    def __init__(self, weight: float = 1.0, center: float = 1.0, tokens: str | None = None) -> None:
+        self.weight, self.center = weight, center
+        self.table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
+
+    def score(self, source: ProblemSource, rollouts: Sequence[Rollout]) -> list[Score]:
+        scores = []
+        for rollout, verdict in zip(rollouts, judge(source, rollouts, self.table), strict=True):
+            steps = tuple(source.check_steps(rollout.problem, rollout.steps))
+            rewards = tuple(0.0 if step is None else self.weight * (step - self.center) for step in steps)
+            scores.append(Score(verdict, float(verdict.right), rewards, steps))
+        return scores
+
+
+class Blend(Reward):
+    """Sum of an outcome and a process reward with weights (the released code: 0.6 and 0.4); search backs up the outcome's
+    value, the verdict is the outcome's."""
+
+    def __init__(self, outcome: Reward, process: Reward, outcome_weight: float = 0.6, process_weight: float = 0.4) -> None:
+        self.outcome, self.process = outcome, process
+        self.outcome_weight, self.process_weight = outcome_weight, process_weight
+
+    def score(self, source: ProblemSource, rollouts: Sequence[Rollout]) -> list[Score]:
+        pairs = zip(self.outcome.score(source, rollouts), self.process.score(source, rollouts), strict=True)
+        return [replace(a, rewards=self._sum(a, b), steps=b.steps) for a, b in pairs]
+
+    def _sum(self, outcome: Score, process: Score) -> tuple[float, ...]:
+        pairs = zip(outcome.rewards, process.rewards, strict=True)
+        return tuple(self.outcome_weight * a + self.process_weight * b for a, b in pairs)
+
+
+def judge(source: ProblemSource, rollouts: Sequence[Rollout], table: TokenTable) -> list[Verdict]:
+    """Verdicts of all paths in one batch; an incomplete path has no answer and is not asked about."""
+    asked = [i for i, rollout in enumerate(rollouts) if rollout.complete]
+    given = source.judge_many([(rollouts[i].problem, table.render(rollouts[i].steps)) for i in asked])
+    verdicts = [Verdict(Status.NO_ANSWER, rule="path is incomplete")] * len(rollouts)
+    for i, verdict in zip(asked, given, strict=True):
+        verdicts[i] = verdict
+    return verdicts

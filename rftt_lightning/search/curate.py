@@ -1,0 +1,213 @@
+"""From trees of prompt-guided search to annotated trajectories: cross-verification and branch merging.
+
+arXiv 2502.13389, section 3.2. Of the finished paths of a tree, the correct one with the best steps is kept plain. It is also
+merged with a wrong path that shares a prefix with it: shared prefix, wrong branch, ``verify`` (the model itself says where
+it went wrong), ``refine`` (back at the fork, the first correct step), the rest of the correct branch, ``output``.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+from rftt_lightning.core.contracts import Backend, ProblemSource, Request, Rollout, Sampling, Step, Trajectory, UserError
+from rftt_lightning.core.paths import resolve
+from rftt_lightning.core.tokens import TokenTable
+from rftt_lightning.core.tree import Tree
+from rftt_lightning.search.expand import dialogue, read_prompts, seed_of
+
+VERIFY, REFINE, OUTPUT = "verify", "refine", "output"
+
+
+@dataclass
+class Report:
+    """What became of the trees. ``rejected`` counts reasons; every tree is in ``trees``, every trajectory in ``kept``."""
+
+    trees: int = 0
+    kept: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A trajectory whose verify texts are still to be asked of the model. ``wrong``: number of steps that are shared prefix and
+    wrong branch (0: a plain path), of which ``shared`` are shared; ``ending`` asks for a verify before the output too."""
+
+    rollout: Rollout
+    steps: tuple[Step, ...]
+    wrong: int
+    shared: int
+    correct: tuple[Step, ...]
+    other: Rollout | None
+    ending: bool
+
+    @property
+    def kind(self) -> str:
+        return "merged" if self.wrong else "plain"
+
+
+class Curator:
+    """Settings of curation.
+
+    Args:
+        prompts: folder with the functional prompts; ``verify.txt`` may contain ``{correct_steps}``.
+        tokens: functional-token table; None is the paper's.
+        alpha: smallest share of a wrong path, in steps, that it must have in common with the correct one (the paper's
+            threshold, which it gives no value for).
+        verify_share: share of the documents in which the model also verifies the correct end before the output.
+        preparing: tags that prepare a step without taking one; refine begins at the first step after the fork that is none.
+        affirms, denies: regular expressions that tell what a verify text says; exactly one must be found.
+        train_wrong_branch: False keeps the wrong steps in the context and out of the loss.
+        sampling: how verify texts are drawn; max_tokens caps one.
+        seed: of all draws.
+    """
+
+    def __init__(
+        self,
+        prompts: str = "pkg:search/prompts",
+        tokens: str | None = None,
+        alpha: float = 0.0,
+        verify_share: float = 0.0,
+        preparing: Sequence[str] = ("clarify", "analyze", "subquestion"),
+        affirms: str = r"(?i)verdict:\s*correct",
+        denies: str = r"(?i)verdict:\s*wrong",
+        train_wrong_branch: bool = True,
+        sampling: Sampling = Sampling(temperature=0.7),
+        max_tokens: int = 512,
+        seed: int = 0,
+    ) -> None:
+        if not (0 <= alpha <= 1 and 0 <= verify_share <= 1):
+            raise UserError(f"curation needs alpha and verify_share in 0..1; got {alpha} and {verify_share}")
+        self.table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
+        for name in (VERIFY, REFINE, OUTPUT, *preparing):
+            if name not in self.table.names:
+                raise UserError(f"curation needs the functional token {name!r}, the table has {', '.join(self.table.names)}")
+        self.prompts = read_prompts(prompts, self.table.names)
+        self.alpha, self.verify_share, self.preparing = alpha, verify_share, tuple(preparing)
+        self.affirms, self.denies = re.compile(affirms), re.compile(denies)
+        self.train_wrong_branch, self.sampling, self.max_tokens, self.seed = train_wrong_branch, sampling, max_tokens, seed
+
+    def curate(
+        self, trees: Iterable[Tree], source: ProblemSource, backend: Backend, report: Report, chunk: int = 256
+    ) -> Iterator[Trajectory]:
+        """Trajectories in the order of the trees; ``report`` is filled on the way. Verify texts are asked for in batches."""
+        stream, seen = iter(trees), set()
+        while batch := list(islice(stream, chunk)):
+            report.trees += len(batch)
+            drafts = [draft for tree in batch for draft in self.drafts(tree, source, report)]
+            drafts = self._verify(drafts, backend, report, ending=False)
+            drafts = self._verify(drafts, backend, report, ending=True)
+            for draft in drafts:
+                trajectory = self._trajectory(draft, source)
+                fault = self._fault(trajectory, seen)
+                if fault:
+                    report.rejected[f"{draft.kind}: {fault}"] += 1
+                    continue
+                seen.add((trajectory.problem.question, trajectory.steps))
+                report.kept[trajectory.kind] += 1
+                report.tokens.update(step.tag for step in trajectory.steps)
+                yield trajectory
+
+    # -- choosing --------------------------------------------------------------------------------------------------------
+
+    def drafts(self, tree: Tree, source: ProblemSource, report: Report) -> list[Draft]:
+        """The plain and the merged draft of a tree, as far as it has them."""
+        complete = [r for r in tree.rollouts() if r.complete and r.score]
+        correct = [r for r in complete if r.score.verdict.right]  # type: ignore[union-attr]
+        wrong = [r for r in complete if not r.score.verdict.right]  # type: ignore[union-attr]
+        if not correct:
+            report.rejected["tree: no correct path"] += 1
+            return []
+        best = max(correct, key=lambda r: mean_step_score(r, tree))
+        rng = random.Random(seed_of(self.seed, tree.problem.id, "curate"))
+        plain = Draft(best, best.steps, 0, 0, best.steps, None, rng.random() < self.verify_share)
+        near = [r for r in wrong if common(r, best) / len(r.nodes) >= self.alpha]
+        if not near:
+            report.rejected["merged: no wrong path that shares enough"] += 1
+            return [plain]
+        worst = min(near, key=lambda r: (mean_step_score(r, tree), -common(r, best)))
+        shared = common(worst, best)
+        merged = Draft(best, worst.steps, len(worst.steps), shared, best.steps, worst, rng.random() < self.verify_share)
+        return [plain, merged]
+
+    # -- cross-verification ----------------------------------------------------------------------------------------------
+
+    def _verify(self, drafts: list[Draft], backend: Backend, report: Report, ending: bool) -> list[Draft]:
+        """Ask for the verify texts of the wrong branches, or (``ending``) of the correct ends."""
+        asked = [i for i, draft in enumerate(drafts) if (draft.ending if ending else draft.wrong)]
+        requests = [self._request(drafts[i], backend, ending) for i in asked]
+        answers = dict(zip(asked, backend.generate(requests), strict=True))
+        kept = []
+        for i, draft in enumerate(drafts):
+            if i not in answers:
+                kept.append(draft)
+                continue
+            segment = answers[i].segments[0]
+            fault = "verify text broke off" if not segment.closed else self._contradiction(segment.text, right=ending)
+            if not fault:
+                kept.append(replace(draft, steps=self._continue(draft, segment.text, ending)))
+            else:
+                report.rejected[f"{draft.kind}: {'final check' if ending else 'verify'}: {fault}"] += 1
+                if ending:  # the document stands without the final check
+                    kept.append(draft)
+        return kept
+
+    def _request(self, draft: Draft, backend: Backend, ending: bool) -> Request:
+        correct = "\n".join(text for _, text in draft.correct[draft.shared :])
+        prompts = {**self.prompts, VERIFY: self.prompts[VERIFY].replace("{correct_steps}", correct)}
+        chat = dialogue(draft.rollout.problem.question, draft.steps, prompts, ask=VERIFY)
+        seed = seed_of(self.seed, draft.rollout.problem.id, draft.kind, ending)
+        return Request(backend.chat(chat), seed, self.max_tokens, self.sampling, force=VERIFY)
+
+    def _contradiction(self, text: str, right: bool) -> str:
+        """Why a verify text does not agree with the known verdict; empty if it does."""
+        says = bool(self.affirms.search(text)), bool(self.denies.search(text))
+        if says == (right, not right):
+            return ""
+        return "contradicts the known verdict" if says == (not right, right) else "gives no clear verdict"
+
+    def _continue(self, draft: Draft, text: str, ending: bool) -> tuple[Step, ...]:
+        if ending:
+            return (*draft.steps, Step(VERIFY, text))
+        onward = draft.correct[draft.shared :]
+        first = next((i for i, step in enumerate(onward) if step.tag not in self.preparing), len(onward) - 1)
+        return (*draft.steps, Step(VERIFY, text), Step(REFINE, onward[first].text), *onward[first + 1 :])
+
+    # -- writing ---------------------------------------------------------------------------------------------------------
+
+    def _trajectory(self, draft: Draft, source: ProblemSource) -> Trajectory:
+        answer = draft.rollout.score.verdict.answer or ""  # type: ignore[union-attr]
+        steps = (*draft.steps, Step(OUTPUT, source.output(answer)))
+        wrong_branch = range(draft.shared, draft.wrong)
+        train = tuple(self.train_wrong_branch or i not in wrong_branch for i in range(len(steps)))
+        lineage = {"correct": list(draft.rollout.nodes), "wrong": list(draft.other.nodes) if draft.other else []}
+        return Trajectory(draft.rollout.problem, steps, train, draft.kind, lineage)
+
+    def _fault(self, trajectory: Trajectory, seen: set) -> str:
+        if not self.table.is_legal(step.tag for step in trajectory.steps):
+            pairs = zip(("question", *(s.tag for s in trajectory.steps)), trajectory.steps, strict=False)
+            before, step = next((b, s) for b, s in pairs if s.tag not in self.table.legal(b))
+            return f"{step.tag} may not follow {before}"
+        if any(tag in step.text for step in trajectory.steps for tag in self.table.tags):
+            return "a functional tag inside a step's text"
+        if (trajectory.problem.question, trajectory.steps) in seen:
+            return "duplicate"
+        return ""
+
+
+def common(one: Rollout, other: Rollout) -> int:
+    """Steps that two paths of one tree share."""
+    pairs = zip(one.nodes, other.nodes, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one.nodes), len(other.nodes)))
+
+
+def mean_step_score(rollout: Rollout, tree: Tree) -> float:
+    """Mean of the reward's step scores; of the nodes' mean values where it gives none."""
+    scores = [s for s in rollout.score.steps if s is not None] if rollout.score else []
+    values = scores or [tree.values[node] / max(tree.visits[node], 1) for node in rollout.nodes]
+    return sum(values) / len(values)

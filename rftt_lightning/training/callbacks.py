@@ -1,0 +1,119 @@
+"""Callbacks of the SFT run: what the model writes, which functional tokens it uses, and the export."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from pathlib import Path
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.tensorboard import SummaryWriter
+
+from rftt_lightning.core.contracts import QUESTION, Message, Problem, Request, Sampling, Step, UserError
+from rftt_lightning.core.tokens import TokenTable
+from rftt_lightning.policy.hf import HFBackend
+
+
+class Samples(Callback):
+    """After each validation: greedy answers to validation problems as text, and how often each functional token is used in
+    them, as scalars (uses an answer) and as a histogram over the table's order. The data's own use is logged at the start.
+
+    Left out where weights are sharded: ranks would wait for each other.
+
+    Args:
+        count: problems answered.
+        shown: of these, how many are logged as text.
+        max_tokens: longest answer.
+        max_segment_tokens: longest segment.
+    """
+
+    def __init__(self, count: int = 16, shown: int = 4, max_tokens: int = 256, max_segment_tokens: int = 128) -> None:
+        self.count, self.shown, self.max_tokens = count, shown, max_tokens
+        self.sampling = Sampling(temperature=0.0, boundary="argmax", max_segment_tokens=max_segment_tokens)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if writer := _writer(trainer):
+            paths = [trajectory.steps for trajectory in trainer.datamodule.train]
+            log_use(writer, "data", paths, pl_module.table, trainer.global_step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        writer = _writer(trainer)
+        whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+        if writer is None or not whole or trainer.sanity_checking:
+            return
+        seen = {trajectory.problem.id: trajectory.problem for trajectory in trainer.datamodule.validation}
+        problems = list(seen.values())[: self.count]
+        paths = self.answer(pl_module, problems)
+        log_use(writer, "samples", paths, pl_module.table, trainer.global_step)
+        for i, (problem, path) in enumerate(zip(problems[: self.shown], paths, strict=False)):
+            text = f"{problem.question}\n\n{pl_module.table.render(path)}\n\n(gold: {problem.answer})"
+            writer.add_text(f"samples/{i}", text.replace("<", "&lt;"), trainer.global_step)
+
+    def answer(self, module: LightningModule, problems: Sequence[Problem]) -> list[list[Step]]:
+        backend = HFBackend.live(module.model, module.tokenizer, module.table)
+        prompts = [backend.chat([Message("user", problem.question)]) for problem in problems]
+        rooms = [min(self.max_tokens, backend.limit - len(prompt)) for prompt in prompts]
+        requests = [
+            Request(prompt, seed=i, max_tokens=room, sampling=self.sampling, after=QUESTION, segments=0)
+            for i, (prompt, room) in enumerate(zip(prompts, rooms, strict=True))
+            if room > 0
+        ]
+        return [[segment.step for segment in completion.segments] for completion in backend.generate(requests)]
+
+
+class ExportHF(Callback):
+    """At the end of training writes model and tokenizer as a Hugging Face folder; any strategy.
+
+    Args:
+        folder: where to; None is ``hf`` in the run's output folder.
+        dtype: of the exported weights, "bfloat16" say; None keeps the trained ones.
+    """
+
+    def __init__(self, folder: str | None = None, dtype: str | None = None) -> None:
+        if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise UserError(f"ExportHF: dtype is {dtype!r}; use float32, bfloat16, float16 or null")
+        self.folder, self.dtype = folder, dtype
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        weights = self._whole(trainer, pl_module.model.all_tied_weights_keys)
+        if not trainer.is_global_zero:
+            return
+        folder = Path(self.folder or Path(trainer.default_root_dir) / "hf")
+        pl_module.model.save_pretrained(folder, state_dict=weights)
+        pl_module.tokenizer.save_pretrained(folder)
+        print(f"model: {folder}")
+
+    def _whole(self, trainer: Trainer, tied: Container[str]) -> dict[str, Tensor]:
+        """The model's weights, gathered tensor by tensor where they are sharded (all ranks take part), on the CPU of rank 0.
+        Those ``tied`` to others are left out: sharding hides that they are the same."""
+        weights = {}
+        for name, weight in trainer.strategy.lightning_module_state_dict().items():
+            short = name.removeprefix("model.")
+            if short == name or short in tied:
+                continue
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            if trainer.is_global_zero:
+                dtype = getattr(torch, self.dtype) if self.dtype and whole.is_floating_point() else whole.dtype
+                weights[short] = whole.detach().to("cpu", dtype)
+        return weights
+
+
+def log_use(writer: SummaryWriter, name: str, paths: Sequence[Sequence[Step]], table: TokenTable, step: int) -> None:
+    """Uses of each functional token an answer, and their histogram by place in the table."""
+    used = [table.names.index(tag) for path in paths for tag, _ in path]
+    if not used:
+        return
+    for i, tag in enumerate(table.names):
+        writer.add_scalar(f"functional_tokens_{name}/{tag}", used.count(i) / len(paths), step)
+    bins = [i - 0.5 for i in range(len(table.names) + 1)]
+    writer.add_histogram(f"functional_tokens/{name}", torch.tensor(used), step, bins=bins)
+
+
+def _writer(trainer: Trainer) -> SummaryWriter | None:
+    """TensorBoard's writer on rank zero."""
+    logger = next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
+    return logger.experiment if logger and trainer.is_global_zero else None

@@ -1,0 +1,44 @@
+"""Problems for RL: which ones each step rolls out."""
+
+from __future__ import annotations
+
+import random
+
+import lightning
+
+from rftt_lightning.core.contracts import Problem, ProblemSource, UserError
+from rftt_lightning.search.problems import refuse_overlap
+
+
+class ProblemDataModule(lightning.LightningDataModule):
+    """Problems to learn from and to validate on.
+
+    Args:
+        train: problems that rollouts are made of.
+        validation: problems that the policy is validated on, greedily; must not overlap ``train``.
+        batch_size: problems a step, over all ranks.
+        allow_overlap: go on in spite of an overlap.
+        seed: of the problems' order.
+    """
+
+    def __init__(
+        self,
+        train: ProblemSource,
+        validation: ProblemSource,
+        batch_size: int = 16,
+        allow_overlap: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 1 <= batch_size <= len(train.problems()):
+            raise UserError(f"data.batch_size is {batch_size}; it must be in 1..{len(train.problems())}, the train problems")
+        refuse_overlap(train.problems(), validation.problems(), allow_overlap=allow_overlap)
+        self.train, self.validation, self.batch_size, self.seed = train, validation, batch_size, seed
+
+    def batch(self, step: int) -> list[Problem]:
+        """The problems of a step: epoch after epoch, each in an order of its own. A function of seed and step alone."""
+        problems = self.train.problems()
+        per_epoch = len(problems) // self.batch_size
+        epoch, index = divmod(step, per_epoch)
+        order = random.Random(f"{self.seed} {epoch}").sample(range(len(problems)), len(problems))
+        return [problems[i] for i in order[index * self.batch_size : (index + 1) * self.batch_size]]

@@ -1,0 +1,273 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning import Callback
+
+from rftt_lightning.app import cli
+from rftt_lightning.app.command import one_line, run_command
+from rftt_lightning.core.contracts import ProblemSource, Sampling, UserError
+from sft_world import save_base, trajectories, write_store
+
+SFT = Path(__file__).resolve().parents[2] / "configs" / "tiny" / "sft.yaml"
+
+
+def rftt(*args, env=None):
+    command = [sys.executable, "-m", "rftt_lightning", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **(env or {})})
+
+
+# -- the table of commands -------------------------------------------------------------------------------------------------
+
+
+def test_help_is_fast_and_lists_every_command():
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        done = rftt("--help")
+        seconds.append(time.monotonic() - began)
+    assert done.returncode == 0
+    assert all(f"  {name} " in done.stdout for name in cli.COMMANDS)
+    assert min(seconds) < 1.0
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("rftt ")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert not stop.value.code
+    assert "usage" in capsys.readouterr().out.lower()
+
+
+def command(monkeypatch, act):
+    module = type(sys)("fake_command")
+    module.main = act
+    monkeypatch.setitem(sys.modules, "fake_command", module)
+    monkeypatch.setitem(cli.COMMANDS, "fake", ("fake_command", ""))
+
+
+def raising(error):
+    def act(args):
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (UserError("no file\nhere; give one"), 2, "rftt: no file here; give one"),
+        (KeyboardInterrupt(), 130, "rftt: interrupted"),
+        (ZeroDivisionError("by zero"), 1, "rftt: fault: ZeroDivisionError: by zero (traceback in "),
+    ],
+)
+def test_errors_are_one_line_and_a_status(monkeypatch, capsys, error, status, said):
+    command(monkeypatch, raising(error))
+    assert cli.main(["fake"]) == status
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith(said)
+    assert err.count("\n") == 1
+
+
+def test_a_fault_keeps_its_traceback(monkeypatch, capsys):
+    command(monkeypatch, raising(ZeroDivisionError("by zero")))
+    cli.main(["fake"])
+    path = capsys.readouterr().err.rpartition("traceback in ")[2].strip().rstrip(")")
+    assert "Traceback" in Path(path).read_text()
+    Path(path).unlink()
+    monkeypatch.setenv("RFTT_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["fake"])
+
+
+@pytest.mark.parametrize("args", [["nonsense"], ["serach", "--config", "x"], ["--confg"]])
+def test_unknown_command(args, capsys):
+    assert cli.main(args) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "search, curate" in err
+
+
+# -- typed functions as commands -------------------------------------------------------------------------------------------
+
+CALLS = []
+
+
+def work(
+    source: ProblemSource,
+    sampling: Sampling = Sampling(),
+    rollouts: list[int] = [1, 2],  # noqa: B006
+    limit: int | None = 5,
+    rate: float = 1e-4,
+    out: str = "runs/work",
+) -> None:
+    """Do some work.
+
+    Args:
+        source: the problems.
+        rate: of something.
+    """
+    CALLS.append((source, sampling, rollouts, limit, rate, out))
+
+
+@pytest.fixture
+def gsm8k(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2", "idx": 0}) + "\n")
+    return ["--source", "rftt_lightning.search.problems.GSM8K", "--source.path", str(path)]
+
+
+def test_saved_config_repeats_the_run(gsm8k, tmp_path):
+    CALLS.clear()
+    out = tmp_path / "new" / "out"
+    chosen = ["--limit=null", "--rate=3e-5", "--sampling.top_p=0.5", "--rollouts=[4]"]
+    options = [*gsm8k, *chosen, "--out", str(out)]
+    assert run_command(work, options, "rftt work") == 0
+    saved = (out / "config.yaml").read_text()
+    assert run_command(work, ["--config", str(out / "config.yaml")], "rftt work") == 0
+    assert (out / "config.yaml").read_text() == saved
+    first, second = CALLS
+    assert first[1:] == second[1:] == (Sampling(top_p=0.5), [4], None, 3e-5, str(out))
+    assert first[0].problems() == second[0].problems()
+
+
+def test_printed_config_is_the_saved_one(gsm8k, tmp_path, capsys):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        run_command(work, [*gsm8k, "--out", str(out), "--print_config"], "rftt work")
+    printed = capsys.readouterr().out
+    assert not out.exists()
+    run_command(work, [*gsm8k, "--out", str(out)], "rftt work")
+    assert yaml.safe_load(printed) == yaml.safe_load((out / "config.yaml").read_text())
+
+
+def test_later_configs_and_options_win(gsm8k, tmp_path):
+    CALLS.clear()
+    a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    a.write_text("rate: 1.0\nlimit: 1\nrollouts: [1]\n")
+    b.write_text("limit: 2\nrollouts: [2]\n")
+    out = str(tmp_path)
+    run_command(work, ["--config", str(a), "--config", str(b), *gsm8k, "--rollouts", "[3]", "--out", out], "rftt work")
+    assert CALLS[0][2:] == ([3], 2, 1.0, out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nonsense", "1"], "nonsense"),
+        (["--rate", "fast"], "rate.*fast"),
+        (["--limit", "1.5"], "limit"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--source.nonsense", "1"], "nonsense"),
+        (["--source", "rftt_lightning.search.problems.Nonsense"], "Nonsense"),
+        (["--sampling.top_p", "7"], "top_p"),
+        (["--sampling.boundary", "coin"], "use 'sample' or 'argmax'"),
+        (["--out", "/proc/nowhere"], "cannot write to /proc/nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(gsm8k, tmp_path, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        run_command(work, [*gsm8k, "--out", str(tmp_path / "out"), *options], "rftt work")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_malformed_configs(tmp_path):
+    with pytest.raises(UserError, match="source"):
+        run_command(work, [], "rftt work")
+    bad = tmp_path / "bad.yaml"
+    for content in ("rate: [", "- 1\n", "rates: 1\n", "rate: {a: 1}\n"):
+        bad.write_text(content)
+        with pytest.raises(UserError) as error:
+            run_command(work, ["--config", str(bad)], "rftt work")
+        assert "\n" not in str(error.value)
+
+
+def test_one_line():
+    assert one_line("Parser key 'a':\n  Expected\n\n  this") == "Parser key 'a': Expected; this"
+
+
+# -- sft -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    return {"--model.model": save_base(root / "base"), "--data.folder": write_store(root / "data", trajectories(30))}
+
+
+def sft(world, out, *more):
+    options = [text for pair in {**world, "--out": out, "--trainer.max_epochs": 1}.items() for text in map(str, pair)]
+    return ["sft", "fit", "--config", str(SFT), *options, "--trainer.enable_progress_bar=false", *map(str, more)]
+
+
+def test_sft_writes_everything_below_out_and_its_config_repeats_it(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(sft(world, out)) == 0
+    names = {path.name for path in out.iterdir()}
+    assert {"config.yaml", "hf", "checkpoints"} <= names
+    assert any(name.startswith("events") for name in names)
+    first = (out / "hf" / "model.safetensors").read_bytes()
+    saved = (out / "config.yaml").read_text()
+    assert cli.main(["sft", "fit", "--config", str(out / "config.yaml")]) == 0
+    assert (out / "hf" / "model.safetensors").read_bytes() == first
+    assert yaml.safe_load((out / "config.yaml").read_text()) == yaml.safe_load(saved)
+    assert cli.main(sft(world, tmp_path / "other", "--seed_everything", 1)) == 0
+    assert (tmp_path / "other" / "hf" / "model.safetensors").read_bytes() != first
+
+
+def test_a_checkpoint_never_changes_what_was_asked_in_silence(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    cli.main(sft(world, out))
+    ckpt = out / "checkpoints" / "last.ckpt"
+    more = ("--ckpt_path", ckpt, "--trainer.max_epochs", 2)
+    capsys.readouterr()
+    assert cli.main(sft(world, tmp_path / "b", *more, "--model.lr", 0.5)) == 2
+    assert "model.lr=0.0005, now it is 0.5" in capsys.readouterr().err
+    assert cli.main(sft(world, tmp_path / "c", *more)) == 0
+
+
+class Impatient(Callback):
+    def on_train_batch_end(self, *args):
+        raise KeyboardInterrupt
+
+
+def test_interrupted_sft(world, tmp_path, capsys):
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert cli.main(sft(world, tmp_path / "out", "--trainer.callbacks=test_cli.Impatient")) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("rftt: interrupted")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.nonsense", "1"], "nonsense"),
+        (["--model.lr", "fast"], "fast"),
+        (["--model.model", "./nowhere"], "no model at ./nowhere"),
+        (["--data.folder", "./nowhere"], "./nowhere is no store of trajectories"),
+        (["--data.max_length", "3"], "see max_length"),
+        (["--ckpt_path", "./nowhere.ckpt"], "no checkpoint at ./nowhere.ckpt"),
+        (["--trainer.accelerator", "nonsense"], "nonsense"),
+        (["--trainer.callbacks+=Nonsense"], "Nonsense"),
+        (["--out", "/proc/nowhere"], "/proc/nowhere"),
+    ],
+)
+def test_mistakes_of_sft_are_one_line(world, tmp_path, capsys, options, message):
+    assert cli.main(sft(world, tmp_path / "out", *options)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rftt: ")]
+    assert len(lines) == 1
+    assert message in lines[0]

@@ -1,0 +1,201 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rftt_lightning.core.contracts import UserError
+from rftt_lightning.core.tokens import TokenTable
+from rftt_lightning.policy.vocab import load
+from rftt_lightning.training.callbacks import ExportHF, Samples
+from rftt_lightning.training.data import TreeDataModule, share_of
+from rftt_lightning.training.sft import SFTModule, lr_factor, nll_and_right
+from sft_world import save_base, trajectories, write_store
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sft")
+    return SimpleNamespace(base=save_base(root / "base"), data=write_store(root / "data", trajectories(40)))
+
+
+def fit(world, out, data=None, model=None, callbacks=(), ckpt_path=None, **trainer):
+    seed_everything(0)
+    settings = {"max_epochs": 2, "num_sanity_val_steps": 0, "gradient_clip_val": 1.0, **trainer}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    module = SFTModule(world.base, **{"lr": 1e-2, "warmup_steps": 3, "schedule": "cosine", **(model or {})})
+    runner = Trainer(
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=out,
+        logger=TensorBoardLogger(out, name="", version=""),
+        callbacks=list(callbacks) or None,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        log_every_n_steps=1,
+        **quiet,
+        **settings,
+    )
+    runner.fit(module, TreeDataModule(world.data, **{"batch_size": 8, **(data or {})}), ckpt_path=ckpt_path)
+    return module, runner
+
+
+def weights(module):
+    return {name: p.detach().clone() for name, p in module.model.named_parameters()}
+
+
+def scalars(out, name):
+    events = EventAccumulator(str(out)).Reload()
+    return [event.value for event in events.Scalars(name)]
+
+
+# -- loss ----------------------------------------------------------------------------------------------------------------
+
+
+def test_loss_is_the_mean_over_all_response_tokens_of_the_step(world, tmp_path):
+    module = SFTModule(world.base)
+    module.configure_model()
+    data = TreeDataModule(world.data, batch_size=8)
+    data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1, accumulate_grad_batches=1)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    total, count = 0.0, 0
+    for row, loss in zip(batch.tokens_BT, batch.loss_BT, strict=True):  # the slow way: token by token
+        with torch.no_grad():
+            spread = module.model(row[None]).logits[0].log_softmax(-1)
+        for t in range(1, len(row)):
+            if loss[t]:
+                total, count = total - spread[t - 1, row[t]].item(), count + 1
+    outcome = module.compute(batch)
+    assert outcome.tokens.item() == batch.denominator == count
+    assert outcome.nll.item() == pytest.approx(total, rel=1e-5)
+    assert 0 < outcome.functional.item() < count
+
+
+def test_chunks_change_nothing():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(2500, 7), torch.randint(7, (2500,))
+    nll, right = nll_and_right(logits, targets)
+    torch.testing.assert_close(nll, torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+    assert torch.equal(right, logits.argmax(-1) == targets)
+
+
+@pytest.mark.parametrize("data", [{"batch_size": 2}, {"batch_size": 2, "packing": True}])
+def test_accumulation_and_packing_give_the_same_training(world, tmp_path, data):
+    one, _ = fit(world, tmp_path / "one", data={"val_fraction": 0.0})
+    other, _ = fit(world, tmp_path / "other", data={**data, "val_fraction": 0.0}, accumulate_grad_batches=4)
+    for name, weight in weights(one).items():
+        torch.testing.assert_close(weights(other)[name], weight, rtol=1e-3, atol=2e-4, msg=name)
+    assert scalars(tmp_path / "one", "train/loss") == pytest.approx(scalars(tmp_path / "other", "train/loss"), rel=1e-3)
+
+
+def test_it_learns_and_says_so(world, tmp_path):
+    held = sum(share_of(t.problem.id) < 0.2 for t in trajectories(40))
+    assert held
+    samples = Samples(count=3, shown=2, max_tokens=30, max_segment_tokens=10)
+    _, runner = fit(world, tmp_path, data={"val_fraction": 0.2}, callbacks=[samples], max_epochs=12)
+    losses = scalars(tmp_path, "train/loss")
+    assert len(losses) == runner.global_step == 12 * math.ceil((40 - held) / 8)
+    assert losses[-1] < 0.7 * losses[0]
+    names = [
+        f"{part}/{name}" for part in ("train", "val") for name in ("loss", "token_accuracy", "functional_accuracy")
+    ]
+    for name in (*names, "train/grad_norm", "train/lr"):
+        assert all(map(math.isfinite, scalars(tmp_path, name))), name
+    accuracy = scalars(tmp_path, "val/functional_accuracy")
+    assert accuracy[-1] > accuracy[0] + 0.2
+    events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
+    assert "samples/0/text_summary" in events.Tags()["tensors"]
+    assert {"functional_tokens/data", "functional_tokens/samples"} <= set(events.Tags()["histograms"])
+    uses = sum(len(t.steps) for t in trajectories(40) if share_of(t.problem.id) >= 0.2) / (40 - held)
+    shares = [scalars(tmp_path, f"functional_tokens_data/{tag}")[0] for tag in TokenTable.from_yaml().names]
+    assert sum(shares) == pytest.approx(uses, rel=1e-5)
+
+
+def test_non_finite_loss_stops_before_the_step(world, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"loss is nan|gradient norm is"):
+        fit(world, tmp_path, model={"lr": 1e30, "warmup_steps": 0}, gradient_clip_val=None)
+
+
+def test_flat_sharding_is_refused(world):
+    module, trainer = SFTModule(world.base), SimpleNamespace(strategy=FSDPStrategy())
+    module.trainer = trainer
+    with pytest.raises(UserError, match=r"fsdp2\.yaml"):
+        module.setup("fit")
+
+
+# -- schedule ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("schedule", "middle"), [("constant", 1.0), ("linear", 0.55), ("cosine", 0.55)])
+def test_learning_rate(schedule, middle):
+    settings = SimpleNamespace(warmup_steps=10, schedule=schedule, final_lr=0.1)
+    factors = [lr_factor(step, 110, settings) for step in range(111)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == pytest.approx(1.0)
+    assert factors[60] == pytest.approx(middle)
+    assert factors[110] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+
+
+# -- resume --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"data": {"batch_size": 2, "packing": True, "max_tokens": 60}, "accumulate_grad_batches": 3}]
+)
+def test_resumed_from_any_step_is_bitwise_the_straight_run(world, tmp_path, settings):
+    keep = ModelCheckpoint(tmp_path / "kept", "{step}", every_n_train_steps=1, save_top_k=-1)
+    straight, runner = fit(world, tmp_path / "straight", callbacks=[keep], max_epochs=3, **settings)
+    losses = scalars(tmp_path / "straight", "train/loss")
+    for step in range(1, runner.global_step):
+        out = tmp_path / f"resumed{step}"
+        path = tmp_path / "kept" / f"step={step}.ckpt"
+        resumed, again = fit(world, out, max_epochs=3, ckpt_path=path, **settings)
+        assert again.global_step == runner.global_step, step
+        assert scalars(out, "train/loss") == losses[step:], step
+        for name, weight in weights(straight).items():
+            assert torch.equal(weights(resumed)[name], weight), (step, name)
+
+
+def test_resuming_with_other_settings_or_data_is_refused(world, tmp_path):
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+    fit(world, tmp_path, callbacks=[keep], max_epochs=1)
+    path = tmp_path / "step=2.ckpt"
+    with pytest.raises(UserError, match=r"written with model.lr=0.01, now it is 0.5"):
+        fit(world, tmp_path, model={"lr": 0.5}, ckpt_path=path)
+    with pytest.raises(UserError, match="same data and batch size"):
+        fit(world, tmp_path, data={"batch_size": 5}, ckpt_path=path)
+
+
+# -- export --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_export_reloads(world, tmp_path, dtype):
+    module, _ = fit(world, tmp_path, callbacks=[ExportHF(dtype=dtype)], max_epochs=1)
+    model, tokenizer = load(str(tmp_path / "hf"))
+    wanted = torch.float32 if dtype is None else torch.bfloat16
+    for name, weight in weights(module).items():
+        assert torch.equal(model.get_parameter(name), weight.to(wanted)), name
+    for tag in module.table.tags:
+        assert tokenizer(tag, add_special_tokens=False)["input_ids"] == [module.tokenizer.convert_tokens_to_ids(tag)]
+    assert tokenizer.chat_template == module.tokenizer.chat_template
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": "cosin"}, "use one of constant, linear, cosine"),
+        ({"lr": -1.0}, "lr > 0"),
+        ({"tokens": "nowhere.yaml"}, "cannot read the functional-token table"),
+    ],
+)
+def test_mistakes(settings, message):
+    with pytest.raises(UserError, match=message):
+        SFTModule("base", **settings)
+    with pytest.raises(UserError, match="float32, bfloat16"):
+        ExportHF(dtype="int9")

@@ -1,0 +1,171 @@
+import random
+
+import pytest
+import torch
+
+from rftt_lightning.core.contracts import Problem, Step, Trajectory, UserError
+from rftt_lightning.policy.vocab import add_functional_tokens
+from rftt_lightning.tiny.model import build_model, build_tokenizer
+from rftt_lightning.training.data import (
+    Batches,
+    Encoder,
+    Example,
+    TreeDataModule,
+    collate,
+    encode_all,
+    share_of,
+)
+from rftt_lightning.training.sft import SFTModule
+from sft_world import TABLE, WORDS, build_llama, trajectories, write_store
+
+PATH = Trajectory(
+    Problem("p/0", "one two"),
+    (Step("next_step", "three four"), Step("verify", "two"), Step("refine", "four"), Step("output", "five")),
+    (False, True, True, True),
+    "merged",
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = build_tokenizer(WORDS)
+    add_functional_tokens(build_model(tokenizer, hidden=16, layers=1), tokenizer, TABLE)
+    return tokenizer
+
+
+def test_ids_are_prompt_steps_and_end_of_turn_with_loss_where_it_belongs(tokenizer):
+    example = Encoder(tokenizer, TABLE)(PATH)
+    said = tokenizer.convert_ids_to_tokens(list(example.tokens))
+    assert said == [
+        *("<|user|>", "one", "two", "<|end|>", "<|assistant|>"),
+        *("<next_step>", "three", "four", "</next_step>", "<verify>", "two", "</verify>"),
+        *("<refine>", "four", "</refine>", "<output>", "five", "</output>", "<|end|>"),
+    ]
+    assert example.loss == (False,) * 9 + (True,) * 10  # neither prompt nor the excluded wrong step
+    assert [t for t, f in zip(said, example.functional, strict=True) if f] == [
+        t for t in said if t.strip("</>") in TABLE.names
+    ]
+
+
+def test_what_cannot_be_learned_is_counted(tokenizer):
+    tricky = Trajectory(PATH.problem, (Step("output", "one <verify> two"),), (True,), "plain")
+    kept, counts = encode_all([PATH, tricky, PATH], Encoder(tokenizer, TABLE), 19)
+    assert (len(kept), dict(counts)) == (2, {"kept": 2, "too_long": 0, "tag_in_text": 1})
+    _, counts = encode_all([PATH, tricky, PATH], Encoder(tokenizer, TABLE), 18)
+    assert dict(counts) == {"kept": 0, "too_long": 2, "tag_in_text": 1}
+
+
+def test_tokenizer_without_functional_tokens_is_refused():
+    with pytest.raises(UserError, match="no functional token <clarify>"):
+        Encoder(build_tokenizer(WORDS), TABLE)
+
+
+def example(length, value=3):
+    return Example((value,) * length, (False,) + (True,) * (length - 1), (False,) * length)
+
+
+def test_collate_pads_and_packs():
+    padded = collate([example(3), example(5)], packed=False, pad=0, denominator=6)
+    assert padded.tokens_BT.tolist() == [[3, 3, 3, 0, 0], [3] * 5]
+    assert padded.loss_BT.tolist() == [[False, True, True, False, False], [False, True, True, True, True]]
+    assert padded.positions_BT.tolist() == [[0, 1, 2, 3, 4]] * 2
+    packed = collate([example(3), example(5)], packed=True, pad=0, denominator=6)
+    assert packed.tokens_BT.tolist() == [[3] * 8]
+    assert packed.positions_BT.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
+    assert packed.loss_BT.sum() == padded.loss_BT.sum() == 6
+    assert packed.to("cpu").tokens_BT.tolist() == packed.tokens_BT.tolist()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_packed_equals_padded_in_loss_and_gradients(tokenizer, tmp_path, family, attention):
+    model = build_llama(tokenizer, attention) if family == "llama" else build_model(tokenizer, hidden=32, layers=2)
+    model.set_attn_implementation(attention)
+    module = SFTModule("unused")
+    module.model = model.train()
+    examples, _ = encode_all(trajectories(6), Encoder(tokenizer, TABLE), 512)
+    alone = [module.compute(collate([e], False, 0, 1)).nll.item() for e in examples]
+    outcomes, gradients = [], []
+    for packed in (False, True):
+        model.zero_grad()
+        outcome = module.compute(collate(examples, packed, 0, 1))
+        outcome.nll.backward()
+        outcomes.append(outcome)
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert outcomes[0].nll.item() == pytest.approx(sum(alone), rel=1e-5)
+    assert outcomes[1].nll.item() == pytest.approx(sum(alone), rel=1e-5)
+    for name in ("tokens", "right", "functional", "functional_right"):
+        assert getattr(outcomes[0], name) == getattr(outcomes[1], name)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def many(seed=0):
+    rng = random.Random(seed)
+    return [example(rng.randint(2, 12), value) for value in range(3, 40)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_tokens": 30}, {"max_tokens": 30, "packed": True}])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_example_is_learned_once_an_epoch_by_all_ranks_together(settings, world):
+    ranks = [Batches(many(), 4, seed=1, rank=r, world=world, accumulate=2, **settings) for r in range(world)]
+    for _ in range(2):
+        epoch = [list(batches) for batches in ranks]
+        assert len({len(batches) for batches in epoch}) == 1
+        assert all(len(batches) == len(ranks[0]) for batches in epoch)
+        learned = [t for rank in epoch for b in rank for t in b.tokens_BT[b.loss_BT].tolist()]
+        assert sorted(learned) == sorted(t for e in many() for t, m in zip(e.tokens, e.loss, strict=True) if m)
+        for i in range(0, len(epoch[0]), 2):
+            step = [b for rank in epoch for b in rank[i : i + 2]]
+            assert {b.denominator for b in step} == {sum(b.loss_BT.sum().item() for b in step)}
+        if "max_tokens" in settings:
+            assert all(b.tokens_BT.numel() <= 30 for rank in epoch for b in rank)
+
+
+def tokens(batches):
+    return [b.tokens_BT.tolist() for b in batches]
+
+
+def test_order_hangs_on_seed_and_epoch_alone_and_resumes_anywhere():
+    straight = Batches(many(), 4, seed=1)
+    epochs = [tokens(straight) for _ in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert tokens(Batches(many(), 4, seed=2)) != epochs[0]
+    for done in (0, 1, 7, len(straight)):
+        resumed = Batches(many(), 4, seed=1)
+        resumed.load_state_dict({"epoch": 1, "done": done, "batches": len(straight), "examples": len(many())})
+        rest = tokens(resumed)
+        assert rest == (epochs[1][done:] or epochs[2])
+    with pytest.raises(UserError, match="same data and batch size"):
+        Batches(many(), 5, seed=1).load_state_dict(straight.state_dict())
+
+
+def test_accumulated_batches_are_the_same_examples():
+    whole = list(Batches(many(), 8, seed=1))
+    parts = list(Batches(many(), 2, seed=1, accumulate=4))
+    for i, batch in enumerate(whole):
+        step = parts[4 * i : 4 * i + 4]
+        assert sorted(batch.tokens_BT[batch.loss_BT].tolist()) == sorted(
+            t for b in step for t in b.tokens_BT[b.loss_BT].tolist()
+        )
+        assert {b.denominator for b in step} == {batch.denominator}
+
+
+def test_split_is_by_problem_and_stable(tmp_path):
+    write_store(tmp_path, trajectories(60) + trajectories(60))
+    data = TreeDataModule(str(tmp_path), val_fraction=0.25)
+    data.setup("fit")
+    train, held = ({t.problem.id for t in part} for part in (data.train, data.validation))
+    assert not train & held
+    assert len(train | held) == 60
+    assert all(share_of(name) < 0.25 for name in held)
+    assert 5 < len(held) < 25
+
+
+def test_mistakes_in_the_data(tmp_path):
+    with pytest.raises(UserError, match="no store of trajectories"):
+        TreeDataModule(str(tmp_path / "nowhere")).setup("fit")
+    with pytest.raises(UserError, match="holds no trajectories"):
+        TreeDataModule(write_store(tmp_path, [])).setup("fit")
+    with pytest.raises(UserError, match="data out of range"):
+        TreeDataModule(str(tmp_path), batch_size=0)
