@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rftt_lightning.core.contracts import Problem, Step, Trajectory
 from rftt_lightning.core.tokens import TokenTable
@@ -22,19 +22,20 @@ def save_base(folder: Path) -> str:
     """A random model without functional tokens, as a Hugging Face folder. (Beside a Qwen2 config AutoTokenizer would put Qwen's
     own pre-tokenizer in the place of ours.)"""
     tokenizer = build_tokenizer(WORDS)
-    build_llama(tokenizer).save_pretrained(folder)
+    build(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder)("one two")["input_ids"] == tokenizer("one two")["input_ids"] != []
     return str(folder)
 
 
-def build_llama(tokenizer: PreTrainedTokenizerBase, attention: str = "sdpa") -> LlamaForCausalLM:
-    """Random, tied, two layers, grouped heads."""
+def build(tokenizer: PreTrainedTokenizerBase, family: str = "llama", attention: str = "sdpa") -> PreTrainedModel:
+    """Random, tied, two layers, grouped heads; ``family`` is llama or qwen2."""
     torch.manual_seed(1)
     size = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 128}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    return LlamaForCausalLM(LlamaConfig(**size, **heads, **ids, attn_implementation=attention))
+    config = AutoConfig.for_model(family, **size, **heads, **ids, attn_implementation=attention)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def trajectories(count: int) -> list[Trajectory]:

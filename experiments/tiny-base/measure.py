@@ -11,14 +11,16 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
-from rftt_lightning.core.contracts import Backend, Problem, ProblemSource, Request, Sampling, Status, Step
+from rftt_lightning.core.contracts import QUESTION, Backend, Problem, ProblemSource, Request, Sampling, Status, Step
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.policy.hf import HFBackend
 from rftt_lightning.search.expand import COT, dialogue, read_prompts, seed_of
 from rftt_lightning.search.vote import Accuracy
+from rftt_lightning.tiny.arithmetic import Arithmetic
 from rftt_lightning.tiny.countdown import Countdown
+from rftt_lightning.tiny.world import AFTER, World
 
-SOURCES = {"countdown": Countdown}
+SOURCES = {"countdown": Countdown, "arithmetic": Arithmetic}
 PROMPTS = read_prompts("pkg:tiny/prompts", [*TokenTable.from_yaml().names, COT])
 
 
@@ -49,13 +51,13 @@ def chain_of_thought(source: ProblemSource, backend: Backend, temperature: float
     return f"{Accuracy.of(sum(verdict.right for verdict in verdicts), len(verdicts))}, answers read {read}"
 
 
-def walks(source: ProblemSource, backend: Backend, temperature: float, longest: int = 14) -> list[tuple[Problem, list[Step]]]:
+def walks(source: World, backend: Backend, temperature: float, longest: int = 14) -> list[tuple[Problem, list[Step]]]:
     """One path a problem: random legal prompts to a finished attempt, then verify, refine where it says wrong, output."""
     paths: list[tuple[Problem, list[Step]]] = [(problem, []) for problem in source.problems()]
     rng = random.Random(0)
     for _ in range(longest):
         going = [(problem, steps) for problem, steps in paths if not steps or steps[-1].tag != "output"]
-        tags = [next_tag(steps, rng) for _, steps in going]
+        tags = [next_tag(source, problem, steps, rng) for problem, steps in going]
         if not going:
             break
         for (_, steps), tag, text in zip(going, tags, say(backend, going, tags, temperature), strict=True):
@@ -63,15 +65,13 @@ def walks(source: ProblemSource, backend: Backend, temperature: float, longest: 
     return paths
 
 
-def next_tag(steps: Sequence[Step], rng: random.Random) -> str:
-    last = steps[-1] if steps else Step("question", "")
+def next_tag(source: World, problem: Problem, steps: Sequence[Step], rng: random.Random) -> str:
+    last = steps[-1] if steps else Step(QUESTION, "")
     if last.tag == "verify":
         return "refine" if last.text.endswith("wrong") and rng.random() < 0.7 else "output"
-    _, _, rest = last.text.rpartition(" ; ")
-    finished = last.tag == "direct_answer" or (last.tag in ("next_step", "refine") and (len(rest.split()) == 1 or "," in rest))
-    if finished:
+    if last.tag == "direct_answer" or source.replay(problem, steps)[0].finished:
         return "verify" if rng.random() < 0.8 else "output"
-    return rng.choice(TokenTable.from_yaml().prompted["next_step" if last.tag == "refine" else last.tag])
+    return rng.choice(AFTER[last.tag])
 
 
 def report(source: ProblemSource, paths: Sequence[tuple[Problem, list[Step]]]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from rftt_lightning.core.contracts import Problem, Step, UserError
-from rftt_lightning.tiny.world import AFTER, World, compute
+from rftt_lightning.tiny.world import AFTER, Attempt, World, compute
 
 SLIP = 0.6
 HIGHEST = 99
@@ -117,8 +117,8 @@ def value_of(expression: Sequence[str]) -> int | None:
 
 
 @dataclass
-class Attempt:
-    """The current attempt: ``history`` holds (expression before, operation, claimed value); what follows a slip is computed
+class ArithmeticAttempt(Attempt):
+    """``history`` holds (expression before, operation, claimed value); what follows a slip is computed
     from the slip."""
 
     question: tuple[str, ...]
@@ -132,8 +132,12 @@ class Attempt:
         return substitute(before, operation.at, value)
 
     @property
-    def value(self) -> str:
-        return spell(int(self.left[0])) if len(self.left) == 1 else ""
+    def finished(self) -> bool:
+        return len(self.left) == 1
+
+    @property
+    def stated(self) -> str:
+        return spell(int(self.left[0])) if self.finished else ""
 
     @property
     def first_wrong(self) -> int:
@@ -144,7 +148,7 @@ class Attempt:
     def take(self, equation: str) -> bool:
         """Append an equation if it works out the next operation, whatever its result; True if the result is right."""
         match = _EQUATION.fullmatch(equation)
-        if not match or len(self.left) == 1:
+        if not match or self.finished:
             return False
         operation, value = next_operation(self.left), int(match[4].replace(" ", ""))
         if operation.text != equation.partition(" = ")[0]:
@@ -158,7 +162,7 @@ class Attempt:
 
     def answer(self, text: str) -> bool:
         taken = [self.take(equation) for equation in text.split(" , ")]
-        return all(taken) and len(self.left) == 1
+        return all(taken) and self.finished
 
     def refine(self, text: str) -> bool:
         """Mend the first wrong equation; refuses when there is none."""
@@ -167,10 +171,13 @@ class Attempt:
         del self.history[self.first_wrong :]
         return self.step(text) if " ; " in text else self.answer(text)
 
+    def check(self, text: str) -> bool:
+        return text == self.proof()
+
     def proof(self) -> str:
         """What a verify has to say."""
         checked = self.history[: self.first_wrong + 1]
-        verdict = "ok" if self.first_wrong == len(self.history) and len(self.left) == 1 else "wrong"
+        verdict = "ok" if self.first_wrong == len(self.history) and self.finished else "wrong"
         return " ; ".join([*(operation.columns for _, operation, _ in checked), verdict])
 
 
@@ -219,18 +226,8 @@ class Arithmetic(World):
     def right(self, problem: Problem, answer: str) -> bool:
         return answer == problem.answer
 
-    def replay(self, problem: Problem, steps: Sequence[Step]) -> tuple[str, list[float | None]]:
-        attempt = Attempt(tuple(problem.data["expression"]))
-        judges = {"next_step": attempt.step, "direct_answer": attempt.answer, "refine": attempt.refine}
-        scores: list[float | None] = []
-        for tag, text in steps:
-            if tag in judges:
-                scores.append(float(judges[tag](text)))
-            elif tag in ("verify", "output"):
-                scores.append(float(text == (attempt.proof() if tag == "verify" else attempt.value)))
-            else:
-                scores.append(None)
-        return attempt.value, scores
+    def attempt(self, problem: Problem) -> ArithmeticAttempt:
+        return ArithmeticAttempt(tuple(problem.data["expression"]))
 
 
 def _expression(rng: random.Random, count: int, largest: int) -> tuple[str, ...]:
@@ -278,11 +275,11 @@ def document(
     found wrong is mended with probability ``mends``, up to three times, with probability ``whole`` together with all that is
     left to do.
     """
-    attempt = Attempt(tuple(problem.data["expression"]))
+    attempt = ArithmeticAttempt(tuple(problem.data["expression"]))
     steps: list[Step] = []
     tag, sure = "question", False
     while True:
-        while len(attempt.left) > 1:
+        while not attempt.finished:
             tag = rng.choice(AFTER[tag])
             steps.append(Step(tag, _content(attempt, tag, rng, slip, sure)))
             sure = tag == "subquestion"
@@ -296,10 +293,10 @@ def document(
         final = rng.random() < whole
         tag = "refine"
         steps.append(Step(tag, _content(attempt, "direct_answer" if final else "next_step", rng, slip, True)))
-    return [*steps, Step("output", attempt.value)]
+    return [*steps, Step("output", attempt.stated)]
 
 
-def _content(attempt: Attempt, tag: str, rng: random.Random, slip: float, sure: bool) -> str:
+def _content(attempt: ArithmeticAttempt, tag: str, rng: random.Random, slip: float, sure: bool) -> str:
     """Text of a segment, taken into the attempt if it computes; ``sure``: its first result was worked out by columns."""
     if tag == "clarify":
         return write(attempt.question)
@@ -308,7 +305,7 @@ def _content(attempt: Attempt, tag: str, rng: random.Random, slip: float, sure: 
     if tag == "subquestion":
         return next_operation(attempt.left).columns
     equations = []
-    while len(attempt.left) > 1 and (tag == "direct_answer" or not equations):
+    while not attempt.finished and (tag == "direct_answer" or not equations):
         operation = next_operation(attempt.left)
         slips = operation.carry and not (sure and not equations) and rng.random() < slip
         slips = slips and value_of(substitute(attempt.left, operation.at, operation.forgetful)) is not None
@@ -329,4 +326,4 @@ def _signs(expression: Sequence[str]) -> str:
 
 def chain_of_thought(problem: Problem, rng: random.Random) -> str:
     """All equations, quickly, as the base answers a plain request to solve."""
-    return _content(Attempt(tuple(problem.data["expression"])), "direct_answer", rng, SLIP, False)
+    return _content(ArithmeticAttempt(tuple(problem.data["expression"])), "direct_answer", rng, SLIP, False)

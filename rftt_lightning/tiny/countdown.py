@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from rftt_lightning.core.contracts import Problem, Step, UserError
-from rftt_lightning.tiny.world import AFTER, World, compute
+from rftt_lightning.tiny.world import AFTER, Attempt, World, compute
 
 _EQUATION = re.compile(r"(\d{1,4}) ([-+*]) (\d{1,4}) = (\d{1,4})")
 
@@ -61,8 +61,8 @@ def finals(numbers: Sequence[int], highest: int = 99) -> list[int]:
 
 
 @dataclass
-class Attempt:
-    """The current attempt of a path: ``history`` holds (numbers before, equation, numbers after), as the path claims them."""
+class CountdownAttempt(Attempt):
+    """``history`` holds (numbers before, equation, numbers after), as the path claims them."""
 
     numbers: tuple[int, ...]
     target: int
@@ -74,7 +74,11 @@ class Attempt:
         return self.history[-1][2] if self.history else self.numbers
 
     @property
-    def equations(self) -> str:
+    def finished(self) -> bool:
+        return len(self.left) == 1
+
+    @property
+    def stated(self) -> str:
         return " , ".join(equation for _, equation, _ in self.history)
 
     def take(self, equation: str) -> bool:
@@ -94,7 +98,6 @@ class Attempt:
         return legal
 
     def step(self, text: str) -> bool:
-        """A next_step: an equation and what is left after it."""
         equation, _, rest = text.partition(" ; ")
         return self.take(equation) and rest == " ".join(map(str, self.left))
 
@@ -110,20 +113,18 @@ class Attempt:
         return False
 
     def answer(self, text: str) -> bool:
-        """A direct_answer: all the remaining equations."""
         taken = [self.take(equation) for equation in text.split(" , ")]
-        return all(taken) and len(self.left) == 1
+        return all(taken) and self.finished
 
     def check(self, text: str) -> bool:
-        """A verify: is what it says of the attempt true?"""
         value = self.left[-1]
-        solved = solves(self.numbers, self.target, self.equations, self.highest)
+        solved = solves(self.numbers, self.target, self.stated, self.highest)
         return text == f"{value} , {self.target} ; {'ok' if solved else 'wrong'}"
 
 
 def solves(numbers: Sequence[int], target: int, equations: str, highest: int = 99) -> bool:
     """Are the equations true, do they use each number once, and do they end at the target?"""
-    attempt = Attempt(tuple(numbers), target, highest)
+    attempt = CountdownAttempt(tuple(numbers), target, highest)
     return attempt.answer(equations) and attempt.left == (target,)
 
 
@@ -172,16 +173,8 @@ class Countdown(World):
     def right(self, problem: Problem, answer: str) -> bool:
         return solves(problem.data["numbers"], problem.data["target"], answer, self.highest)
 
-    def replay(self, problem: Problem, steps: Sequence[Step]) -> tuple[str, list[float | None]]:
-        attempt = Attempt(tuple(problem.data["numbers"]), problem.data["target"], self.highest)
-        judges = {"next_step": attempt.step, "direct_answer": attempt.answer, "refine": attempt.refine, "verify": attempt.check}
-        scores: list[float | None] = []
-        for tag, text in steps:
-            if tag == "output":
-                scores.append(float(text == attempt.equations))
-            else:
-                scores.append(float(judges[tag](text)) if tag in judges else None)
-        return self.plain_answer(attempt.equations), scores
+    def attempt(self, problem: Problem) -> CountdownAttempt:
+        return CountdownAttempt(tuple(problem.data["numbers"]), problem.data["target"], self.highest)
 
 
 # -- documents from which the base model learns --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The tiny model: a word-level tokenizer with a chat template, and a Qwen2 of about 0.7 M parameters."""
+"""The tiny model: a word-level tokenizer with a chat template, and a Llama of about 0.7 M parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rftt_lightning.core.tokens import TokenTable
 
@@ -39,20 +39,23 @@ def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     return fast
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, hidden: int = 128, layers: int = 3) -> Qwen2ForCausalLM:
-    """A randomly initialised Qwen2 with tied embeddings for this tokenizer."""
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, hidden: int = 128, layers: int = 3) -> LlamaForCausalLM:
+    """A randomly initialised Llama with tied embeddings for this tokenizer.
+
+    Not a Qwen2: Transformers 5 loads every tokenizer beside a ``qwen2`` config as byte-level BPE, whatever was saved.
+    """
     torch.manual_seed(seed)
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=4 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=512,
+        max_position_embeddings=1024,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    return Qwen2ForCausalLM(config)
+    return LlamaForCausalLM(config)

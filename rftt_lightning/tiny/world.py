@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -28,6 +28,32 @@ AFTER = {
 """What a base document may do next while its attempt is not finished, each with equal probability."""
 
 _SEGMENT = re.compile(r"<([a-z_]+)>([^<]*)</\1>")
+
+
+class Attempt(ABC):
+    """The current attempt of a path, replayed as the path claims it. Methods take a segment's text, record it, and say
+    whether it is right."""
+
+    stated: str
+    """What an output has to say of the attempt; "" if there is nothing to say."""
+    finished: bool
+    """Is nothing left to do?"""
+
+    @abstractmethod
+    def step(self, text: str) -> bool:
+        """A next_step."""
+
+    @abstractmethod
+    def answer(self, text: str) -> bool:
+        """A direct_answer: all that remains."""
+
+    @abstractmethod
+    def refine(self, text: str) -> bool:
+        """Another step from an earlier point, like next_step or, to the end, direct_answer."""
+
+    @abstractmethod
+    def check(self, text: str) -> bool:
+        """A verify: is what it says of the attempt true?"""
 
 
 class World(ProblemSource):
@@ -53,8 +79,8 @@ class World(ProblemSource):
         """A random problem of any split, and the key whose hash decides its split: equal for problems that are the same."""
 
     @abstractmethod
-    def replay(self, problem: Problem, steps: Sequence[Step]) -> tuple[str, list[float | None]]:
-        """What the path's last attempt answers ("" if nothing), and the scores of its steps."""
+    def attempt(self, problem: Problem) -> Attempt:
+        """An attempt in which nothing is done yet."""
 
     @abstractmethod
     def plain_answer(self, text: str) -> str:
@@ -92,7 +118,7 @@ class World(ProblemSource):
         if stated or not steps:
             answer = self.plain_answer((stated or [response])[-1].strip())
         else:
-            answer = self.replay(problem, steps)[0]
+            answer = self.plain_answer(self.replay(problem, steps)[0].stated)
         if not answer:
             return Verdict(Status.NO_ANSWER, gold=problem.answer, rule="states nothing")
         right = self.right(problem, answer)
@@ -102,7 +128,19 @@ class World(ProblemSource):
         return answer
 
     def check_steps(self, problem: Problem, steps: Sequence[Step]) -> list[float | None]:
-        return self.replay(problem, [Step(tag, text[:LONGEST]) for tag, text in steps])[1]
+        return self.replay(problem, steps)[1]
+
+    def replay(self, problem: Problem, steps: Sequence[Step]) -> tuple[Attempt, list[float | None]]:
+        """The attempt at the end of a path, and the scores of the steps: 1 right, 0 wrong, None computes nothing."""
+        attempt = self.attempt(problem)
+        judges = {
+            "next_step": attempt.step,
+            "direct_answer": attempt.answer,
+            "refine": attempt.refine,
+            "verify": attempt.check,
+            "output": lambda text: text == attempt.stated,
+        }
+        return attempt, [float(judges[tag](text[:LONGEST])) if tag in judges else None for tag, text in steps]
 
 
 def split_of(key: str) -> str:

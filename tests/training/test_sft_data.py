@@ -5,7 +5,7 @@ import torch
 
 from rftt_lightning.core.contracts import Problem, Step, Trajectory, UserError
 from rftt_lightning.policy.vocab import add_functional_tokens
-from rftt_lightning.tiny.model import build_model, build_tokenizer
+from rftt_lightning.tiny.model import build_tokenizer
 from rftt_lightning.training.data import (
     Batches,
     Encoder,
@@ -16,7 +16,7 @@ from rftt_lightning.training.data import (
     share_of,
 )
 from rftt_lightning.training.sft import SFTModule
-from sft_world import TABLE, WORDS, build_llama, trajectories, write_store
+from sft_world import TABLE, WORDS, build, trajectories, write_store
 
 PATH = Trajectory(
     Problem("p/0", "one two"),
@@ -29,7 +29,7 @@ PATH = Trajectory(
 @pytest.fixture(scope="module")
 def tokenizer():
     tokenizer = build_tokenizer(WORDS)
-    add_functional_tokens(build_model(tokenizer, hidden=16, layers=1), tokenizer, TABLE)
+    add_functional_tokens(build(tokenizer), tokenizer, TABLE)
     return tokenizer
 
 
@@ -78,9 +78,9 @@ def test_collate_pads_and_packs():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
-def test_packed_equals_padded_in_loss_and_gradients(tokenizer, tmp_path, family, attention):
-    model = build_llama(tokenizer, attention) if family == "llama" else build_model(tokenizer, hidden=32, layers=2)
-    model.set_attn_implementation(attention)
+def test_packed_equals_padded_in_loss_and_gradients(tokenizer, family, attention):
+    model = build(tokenizer, family, attention)
+    assert (model.config.model_type, model.config._attn_implementation) == (family, attention)
     module = SFTModule("unused")
     module.model = model.train()
     examples, _ = encode_all(trajectories(6), Encoder(tokenizer, TABLE), 512)
