@@ -102,19 +102,18 @@ def _initialise(
 ) -> None:
     used = weight[:old].float()
     mean, spread = used.mean(0), used.std(0)
-    newline = [i for i in _ids(tokenizer, "\n") if i < old] or [tokenizer.eos_token_id]
+    ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    newline = [i for i in _ids(tokenizer, "\n") if i < old] or ends
     for tag in fresh:
         noise = spread * torch.randn(weight.shape[1], generator=generator).to(weight.device)
-        words = _words(tokenizer, table[tag.strip("</>")].description, old)
         closing = tag.startswith("</")
+        like = newline if closing else _words(tokenizer, table[tag.strip("</>")].description, old)
         if init == "mean":
             row = mean
-        elif init == "random" or not (closing or words):
+        elif init == "random" or not like:
             row = mean + noise
-        elif closing:
-            row = used[newline].mean(0) + 0.5 * noise
         else:
-            row = used[words].mean(0) + 0.3 * noise
+            row = used[like].mean(0) + (0.5 if closing else 0.3) * noise
         weight[tokenizer.get_vocab()[tag]] = row.to(weight.dtype)
 
 
@@ -172,6 +171,12 @@ class Vocabulary:
             self.allowed_SV[self.boundary(after), followers] = True
         ends_path = [table.terminal(name) for name in self.names]
         self.terminal_S = torch.tensor([False] * (n + 2) + ends_path)
+
+    def to(self, device: torch.device | str) -> Vocabulary:
+        """Move the tables to a device, in place; returns itself."""
+        self.after_V, self.allowed_SV = self.after_V.to(device), self.allowed_SV.to(device)
+        self.terminal_S = self.terminal_S.to(device)
+        return self
 
     def boundary(self, after: str) -> int:
         """State in which a functional token comes next, ``after`` this tag (or :data:`QUESTION`)."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from rftt_lightning.core.tokens import TokenTable
 
 ROLES = ("system", "user", "assistant")
 TEMPLATE = (
@@ -19,11 +16,11 @@ TEMPLATE = (
 
 
 def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
-    """One id per word; words are separated by spaces, a run of newlines is one word. The numbers 0..99, the words of the
-    functional tokens' descriptions and ``words`` are known; ``<|end|>`` ends a turn."""
-    described = " ".join(token.description for token in TokenTable.from_yaml().tokens)
+    """One id per word; words are separated by spaces, a run of newlines is one word. The numbers 0..99 and ``words`` are known;
+    ``<|end|>`` ends a turn. Give no word that the base never reads: its row stays like every other untrained one, and a
+    functional token that starts from such rows starts equal to the others."""
     special = ["<|pad|>", "<|end|>", "<|unk|>", *(f"<|{role}|>" for role in ROLES)]
-    known = dict.fromkeys([*special, "\n", *map(str, range(100)), *words, *re.findall("[a-z]+", described)])
+    known = dict.fromkeys([*special, "\n", *map(str, range(100)), *words])
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<|unk|>"))
     tokenizer.normalizer = normalizers.Replace(Regex("\n+"), " \n ")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" +"), "removed")
