@@ -59,13 +59,17 @@ def stages(out: Path, seed: int, world: Path, short: int) -> list[Stage]:
         where = ("--backend.init_args.model", model, "--out", out / f"evaluate_{arm}", "--seed", seed)
         return Stage(f"evaluate_{arm}", command("evaluate", *where, *args), needs)
 
-    alone = ("--search", "null")
+    alone, seeded = ("--search", "null"), ("--seed_everything", seed)
     sft, rl = out / "sft" / "hf", out / "rl" / "hf"
     base = command("evaluate", "--out", out / "evaluate_base", "--seed", seed, config="evaluate_cot")
     return [
         Stage("search", command("search", "--out", out / "search", "--seed", seed)),
-        Stage("curate", command("curate", "--trees", out / "search", "--out", out / "curate", "--curator.seed", seed), ("search",)),
-        Stage("sft", command("sft fit", "--data.folder", out / "curate", "--out", out / "sft", "--seed_everything", seed), ("curate",)),
+        Stage(
+            "curate",
+            command("curate", "--trees", out / "search", "--out", out / "curate", "--curator.seed", seed),
+            ("search",),
+        ),
+        Stage("sft", command("sft fit", "--data.folder", out / "curate", "--out", out / "sft", *seeded), ("curate",)),
         fit("rl", sft, ("sft",)),
         rate("rl", rl, ("rl",)),
         rate("rl_masked", rl, ("rl",), "--backend.init_args.mask", '["verify","refine"]', *alone),
@@ -90,7 +94,10 @@ class Demo:
 
     def run(self) -> None:
         running: dict[Future[None], Stage] = {}
-        with ThreadPoolExecutor(self.lanes) as pool, Live(self.picture(), refresh_per_second=1, get_renderable=self.picture):
+        with (
+            ThreadPoolExecutor(self.lanes) as pool,
+            Live(self.picture(), refresh_per_second=1, get_renderable=self.picture),
+        ):
             while len(self.done) < len(self.stages):
                 for stage in self.ready([s.name for s in running.values()])[: self.lanes - len(running)]:
                     self.began[stage.name] = time.monotonic()
@@ -109,7 +116,9 @@ class Demo:
         log = self.log(stage)
         env = {**os.environ, "OMP_NUM_THREADS": str(max(1, 2 // self.lanes)), "COLUMNS": "110"}
         with log.open("w") as file:
-            code = subprocess.call([sys.executable, "-m", "rftt_lightning", *stage.args], stdout=file, stderr=file, env=env)
+            code = subprocess.call(
+                [sys.executable, "-m", "rftt_lightning", *stage.args], stdout=file, stderr=file, env=env
+            )
         if code:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
             raise SystemExit(f"stage {stage.name} failed with exit status {code}; {log} ends:\n{tail}")
@@ -152,7 +161,9 @@ def gather(out: Path, seconds: dict[str, float], total: float) -> dict[str, Any]
 
 def show(results: dict[str, Any], out: Path, short: int) -> None:
     console = Console(width=118)
-    table = Table(title=f"countdown, {results['base']['n']} fresh test problems, greedy answers, accuracy in % [95 % interval]")
+    table = Table(
+        title=f"countdown, {results['base']['n']} fresh test problems, greedy answers, accuracy in % [95 % interval]"
+    )
     for column in ("", "accuracy", "tokens", "verify", "refine", "wrong→right", "right→wrong"):
         table.add_column(column, justify="left" if not column else "right")
     for arm, title in ARMS.items():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rftt_lightning.app.fit import FitCLI

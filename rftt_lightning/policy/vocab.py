@@ -32,9 +32,9 @@ def load(
     """Model and tokenizer from a folder, a ``pkg:`` path or the hub. Raises :class:`UserError` if either cannot be read, or
     if the tokenizer has ids that the model has no rows for."""
     where = resolve(path)
-    if path.startswith("pkg:") or path.startswith((".", "/")) or path.count("/") > 1:
-        if not (Path(where) / "config.json").is_file():
-            raise UserError(f"no model at {where}: it has no config.json; give a Hugging Face folder or a hub name")
+    local = path.startswith(("pkg:", ".", "/")) or path.count("/") > 1
+    if local and not (Path(where) / "config.json").is_file():
+        raise UserError(f"no model at {where}: it has no config.json; give a Hugging Face folder or a hub name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=attention)

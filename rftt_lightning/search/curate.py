@@ -14,7 +14,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from rftt_lightning.core.contracts import Backend, ProblemSource, Request, Rollout, Sampling, Step, Trajectory, UserError
+from rftt_lightning.core.contracts import (
+    Backend,
+    ProblemSource,
+    Request,
+    Rollout,
+    Sampling,
+    Step,
+    Trajectory,
+    UserError,
+)
 from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.core.tree import Tree
@@ -96,7 +105,8 @@ class Curator:
         self, trees: Iterable[Tree], source: ProblemSource, backend: Backend, report: Report, chunk: int = 256
     ) -> Iterator[Trajectory]:
         """Trajectories in the order of the trees; ``report`` is filled on the way. Verify texts are asked for in batches."""
-        stream, seen = iter(trees), set()
+        stream = iter(trees)
+        seen: set[tuple[str, tuple[Step, ...]]] = set()
         while batch := list(islice(stream, chunk)):
             report.trees += len(batch)
             drafts = [draft for tree in batch for draft in self.drafts(tree, source, report)]
@@ -188,7 +198,7 @@ class Curator:
         lineage = {"correct": list(draft.rollout.nodes), "wrong": list(draft.other.nodes) if draft.other else []}
         return Trajectory(draft.rollout.problem, steps, train, draft.kind, lineage)
 
-    def _fault(self, trajectory: Trajectory, seen: set) -> str:
+    def _fault(self, trajectory: Trajectory, seen: set[tuple[str, tuple[Step, ...]]]) -> str:
         if not self.table.is_legal(step.tag for step in trajectory.steps):
             pairs = zip(("question", *(s.tag for s in trajectory.steps)), trajectory.steps, strict=False)
             before, step = next((b, s) for b, s in pairs if s.tag not in self.table.legal(b))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import time
@@ -19,7 +18,7 @@ from lightning.fabric.loggers import TensorBoardLogger
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from rftt_lightning.core.contracts import Provenance, Reward, Rollout, Status, UserError
+from rftt_lightning.core.contracts import Problem, ProblemSource, Provenance, Reward, Rollout, Status, UserError
 from rftt_lightning.core.tree import Tree
 from rftt_lightning.policy.hf import HFBackend
 from rftt_lightning.policy.rewards import Confidence
@@ -28,8 +27,6 @@ from rftt_lightning.search.expand import Expander, seed_of
 from rftt_lightning.search.vote import Accuracy
 from rftt_lightning.training.problems import ProblemDataModule
 from rftt_lightning.training.rl import MEASURED, RLBatch, RLModule, collate
-
-RESUME = "resume.json"
 
 
 class RLTrainer:
@@ -191,7 +188,16 @@ class RLTrainer:
             self._show(step, trees)
         return learned | self._measure(rollouts, batch, progress, times)
 
-    def _grow(self, problems: Sequence, expander: Expander, reward: Reward, backend: HFBackend, source, seed, progress):  # type: ignore[no-untyped-def]
+    def _grow(
+        self,
+        problems: Sequence[Problem],
+        expander: Expander,
+        reward: Reward,
+        backend: HFBackend,
+        source: ProblemSource,
+        seed: int,
+        progress: driver.Progress,
+    ) -> list[Tree]:
         grown = driver.grow(
             problems,
             expander,
@@ -324,7 +330,7 @@ class RLTrainer:
         path, temporary = folder / f"step-{steps:06d}.pt", folder / "writing.tmp"
         state = {"steps": steps, "seed": self.seed, "model": model.model.state_dict(), "optimizer": optimizer.state_dict()}
         torch.save(state, temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
         for old in sorted(folder.glob("step-*.pt"))[: -self.keep]:
             old.unlink()
 
