@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from rftt_lightning.app.command import run_command
-from rftt_lightning.core.contracts import Backend, ProblemSource, Reward, Status
+from rftt_lightning.core.contracts import Backend, Problem, ProblemSource, Reward, Status, UserError
 from rftt_lightning.core.tree import Tree
 from rftt_lightning.search import driver
 from rftt_lightning.search.expand import Expander
 from rftt_lightning.search.problems import refuse_overlap
-from rftt_lightning.search.store import Store, read_trees
+from rftt_lightning.search.store import Store, describe, read_trees
 
 
 def search(
@@ -50,12 +55,11 @@ def search(
     """
     for other in held_out:
         refuse_overlap(source.problems(), other.problems(), allow_overlap=allow_overlap)
-    trees = harvest(
-        source, backend, expander, reward, out, seed=seed, concurrency=concurrency, parallel=parallel, overwrite=overwrite
-    )
-    summary = summarise(trees)
+    settings = {"seed": seed, "concurrency": concurrency, "parallel": parallel, "overwrite": overwrite}
+    progress = grow_into(out, source, backend, expander, reward, **settings)
+    summary = {**summarise(stored(out, source)), **_costs(Path(out) / "summary.json", progress, overwrite)}
     (Path(out) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    table = Table("", "", title=f"search of {len(trees)} problems", show_header=False)
+    table = Table("", "", title=f"search of {summary['problems']} problems", show_header=False)
     for name, value in summary.items():
         table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
     Console().print(table)
@@ -63,32 +67,31 @@ def search(
 
 
 def harvest(
+    source: ProblemSource, backend: Backend, expander: Expander, reward: Reward, folder: str | Path, **settings: Any
+) -> list[Tree]:
+    """:func:`grow_into`, and then all the trees, in the order of the source."""
+    grow_into(folder, source, backend, expander, reward, **settings)
+    order = {problem.id: number for number, problem in enumerate(source.problems())}
+    return sorted(stored(folder, source), key=lambda tree: order[tree.problem.id])
+
+
+def grow_into(
+    folder: str | Path,
     source: ProblemSource,
     backend: Backend,
     expander: Expander,
     reward: Reward,
-    folder: str | Path,
     *,
     seed: int,
     concurrency: int,
     parallel: int = 1,
     overwrite: bool = False,
-) -> list[Tree]:
-    """Trees of all problems, in the order of the source; those that the store has already are not grown again. Each is stored
-    as soon as it is finished."""
-    problems = source.problems()
-    store = Store(folder, "trees", _settings(expander, reward, backend, seed), overwrite)
-    todo = [problem for problem in problems if problem.id not in store.done]
-    progress = driver.Progress()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[rates]}"),
-    )
-    with Progress(*columns) as bar:
+) -> driver.Progress:
+    """Grow the trees that a store still lacks, and store each as soon as it is finished. SIGTERM stops it as Ctrl-C does."""
+    problems, progress = source.problems(), driver.Progress()
+    store = Store(folder, "trees", _settings(source, expander, reward, backend, seed, parallel), overwrite, backend.version)
+    todo = [problem for problem in problems if not _known(problem, store)]
+    with _bar() as bar, _terminable(), closing(store):
         task = bar.add_task("trees", total=len(problems), completed=len(problems) - len(todo), rates="")
         grown = driver.grow(
             todo,
@@ -102,34 +105,67 @@ def harvest(
             progress=progress,
             tick=lambda p: bar.update(task, rates=_rates(p)),
         )
-        try:
-            for _, tree in grown:
-                store.add(tree.problem.id, tree.to_json())
-                bar.advance(task)
-        finally:
-            store.close()
-    order = {problem.id: number for number, problem in enumerate(problems)}
-    trees = [tree for tree in read_trees(folder) if tree.problem.id in order]
-    return sorted(trees, key=lambda tree: order[tree.problem.id])
+        for _, tree in grown:
+            store.add(tree.problem.id, tree.to_json())
+            bar.advance(task)
+    return progress
 
 
-def _settings(expander: Expander, reward: Reward, backend: Backend, seed: int) -> dict[str, Any]:
-    """What the trees of one store must have in common."""
+def _known(problem: Problem, store: Store) -> bool:
+    """Does the store have the tree of this problem? UserError if it is that of another one with the same id."""
+    if problem.id not in store.done:
+        return False
+    if store.done[problem.id] != json.loads(json.dumps(asdict(problem))):
+        raise UserError(
+            f"{store.folder} has a tree of another problem with the id {problem.id!r}; give another --out, or "
+            "--overwrite true to begin anew"
+        )
+    return True
+
+
+def stored(folder: str | Path, source: ProblemSource) -> Iterator[Tree]:
+    """The trees of a source's problems that a store has, in the order in which they were finished."""
+    wanted = {problem.id for problem in source.problems()}
+    return (tree for tree in read_trees(folder) if tree.problem.id in wanted)
+
+
+def _settings(
+    source: ProblemSource, expander: Expander, reward: Reward, backend: Backend, seed: int, parallel: int
+) -> dict[str, Any]:
+    """What the trees of one store must have in common; which problems they are of may differ."""
     return {
         "seed": seed,
-        "expander": _text(expander),
-        "reward": _text(reward),
-        "backend": getattr(backend, "name", type(backend).__name__),
-        "grammar": {after: list(row) for after, row in backend.tokens.grammar.items()},
+        "parallel": parallel,
+        "source": type(source).__qualname__,
+        "expander": describe(expander),
+        "reward": describe(reward),
+        "backend": getattr(backend, "name", type(backend).__qualname__),
+        "grammar": describe(backend.tokens.grammar),
     }
 
 
-def _text(thing: object) -> str:
-    """Class and settings; equal in every process, which ``repr`` of an object is not if it shows an address."""
-    if type(thing).__repr__ is not object.__repr__:
-        return repr(thing)
-    settings = {name: _text(value) for name, value in sorted(vars(thing).items()) if not name.startswith("_")}
-    return f"{type(thing).__name__} {settings}"
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM becomes a KeyboardInterrupt; only the main thread may ask for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[rates]}"),
+    )
 
 
 def _rates(progress: driver.Progress) -> str:
@@ -140,19 +176,39 @@ def _rates(progress: driver.Progress) -> str:
     )
 
 
-def summarise(trees: list[Tree]) -> dict[str, Any]:
+def summarise(trees: Iterable[Tree]) -> dict[str, Any]:
     """Counts of a search; every rollout is in exactly one of the verdicts."""
-    scores = [[score for _, score in tree.leaves] for tree in trees]
-    verdicts = Counter(score.verdict.status for tree in scores for score in tree)
+    verdicts: Counter[Status] = Counter()
+    problems = solved = nodes = tokens = 0
+    for tree in trees:
+        found = [score.verdict.status for _, score in tree.leaves]
+        written = [segment for segment in tree.segments if segment is not None]
+        verdicts.update(found)
+        problems += 1
+        solved += Status.RIGHT in found
+        nodes += len(written)
+        tokens += sum(len(segment.tokens) for segment in written)
     rollouts = sum(verdicts.values())
     return {
-        "problems": len(trees),
+        "problems": problems,
         "rollouts": rollouts,
         "rollout_accuracy": verdicts[Status.RIGHT] / max(rollouts, 1),
-        "any_right": sum(any(s.verdict.right for s in tree) for tree in scores) / max(len(trees), 1),
+        "any_right": solved / max(problems, 1),
         **{status.value: verdicts[status] for status in Status},
-        "nodes": sum(segment is not None for tree in trees for segment in tree.segments),
-        "generated_tokens": sum(len(segment.tokens) for tree in trees for segment in tree.segments if segment),
+        "nodes": nodes,
+        "generated_tokens": tokens,
+    }
+
+
+def _costs(path: Path, progress: driver.Progress, overwrite: bool) -> dict[str, float]:
+    """Seconds of search over all runs that came to their end, the earlier ones from the last summary; rates of this run."""
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() and not overwrite else {}
+    if not progress.trees:
+        return {name: earlier.get(name, 0.0) for name in ("seconds", "trees_per_second", "tokens_per_second")}
+    return {
+        "seconds": round(progress.seconds + earlier.get("seconds", 0.0), 3),
+        "trees_per_second": progress.trees / progress.seconds,
+        "tokens_per_second": progress.tokens / progress.seconds,
     }
 
 
