@@ -13,7 +13,7 @@ from rich.table import Table
 from rftt_lightning.app.command import run_command
 from rftt_lightning.core.contracts import Backend, ProblemSource
 from rftt_lightning.search.curate import Curator, Report
-from rftt_lightning.search.store import manifest, read_trees, write_trajectories
+from rftt_lightning.search.store import MANIFEST, describe, manifest, read_trees, size, write_trajectories
 
 
 def curate(
@@ -22,6 +22,7 @@ def curate(
     backend: Backend,
     curator: Curator,
     out: str = "runs/curate",
+    overwrite: bool = False,
 ) -> None:
     """Choose, cross-verify, merge and annotate paths, and report what was kept and rejected and why.
 
@@ -30,23 +31,40 @@ def curate(
         source: the source of its problems (states answers as text).
         backend: the model that writes the verify texts.
         curator: how paths are chosen and merged.
-        out: folder of the trajectories; an earlier result there is replaced.
+        out: folder of the trajectories; an earlier result there is replaced, unless it came of the same trees and settings.
+        overwrite: replace it even then.
     """
-    settings = {"trees": manifest(trees, "trees")["settings"]}
-    grown = list(read_trees(trees))
-    report = Report()
-    made = list(curator.curate(track(grown, "trees"), source, backend, report))
+    settings = {
+        "trees": {"folder": trees, "count": size(trees, "trees"), "settings": manifest(trees, "trees")["settings"]},
+        "source": type(source).__qualname__,
+        "curator": describe(curator),
+        "backend": getattr(backend, "name", type(backend).__qualname__),
+    }
+    if not overwrite and _is_done(Path(out), settings):
+        print(f"trajectories: {out} (done before; --overwrite true makes them again)")
+        return
+    report, order = Report(), {problem.id: number for number, problem in enumerate(source.problems())}
+    grown = track(read_trees(trees), "trees", total=settings["trees"]["count"])
+    made = list(curator.curate(grown, source, backend, report))
+    made.sort(key=lambda trajectory: order.get(trajectory.problem.id, len(order)))  # whatever order trees were finished in
+    summary = json.dumps(report_json(report), indent=2) + "\n"
     write_trajectories(out, made, settings)
-    summary = report_json(report)
-    (Path(out) / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (Path(out) / "report.json").write_text(summary, encoding="utf-8")
     Console().print(_table(report))
     print(f"trajectories: {out}")
     if not made:
         print("nothing was kept: no tree has a correct path that could be used; see report.json for the reasons")
 
 
+def _is_done(folder: Path, settings: dict[str, Any]) -> bool:
+    """Is there a whole result of the same settings?"""
+    if not (folder / MANIFEST).exists() or not (folder / "report.json").exists():
+        return False
+    return manifest(folder, "trajectories")["settings"] == json.loads(json.dumps(settings))
+
+
 def report_json(report: Report) -> dict[str, Any]:
-    kept, used = sum(report.kept.values()), sum(report.tokens.values())
+    kept, used = report.kept.total(), report.tokens.total()
     return {
         "trees": report.trees,
         "kept": kept,
@@ -57,13 +75,13 @@ def report_json(report: Report) -> dict[str, Any]:
 
 
 def _table(report: Report) -> Table:
-    table = Table("", "count", title=f"curation of {report.trees} trees")
+    table = Table("", "count", "share", title=f"curation of {report.trees} trees")
     for kind, count in sorted(report.kept.items()):
-        table.add_row(f"kept, {kind}", str(count))
+        table.add_row(f"kept, {kind}", str(count), f"{count / report.kept.total():.1%}")
     for reason, count in report.rejected.most_common():
         table.add_row(f"rejected, {reason}", str(count), style="dim")
     for tag, count in report.tokens.most_common():
-        table.add_row(f"<{tag}>", str(count))
+        table.add_row(f"<{tag}>", str(count), f"{count / report.tokens.total():.1%}")
     return table
 
 

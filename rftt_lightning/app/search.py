@@ -7,7 +7,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ def search(
         refuse_overlap(source.problems(), other.problems(), allow_overlap=allow_overlap)
     settings = {"seed": seed, "concurrency": concurrency, "parallel": parallel, "overwrite": overwrite}
     progress = grow_into(out, source, backend, expander, reward, **settings)
-    summary = {**summarise(stored(out, source)), **_costs(Path(out) / "summary.json", progress, overwrite)}
+    costs = _costs(Path(out) / "summary.json", progress, overwrite)
+    summary = {**summarise(stored(out, source)), **costs}
     (Path(out) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     table = Table("", "", title=f"search of {summary['problems']} problems", show_header=False)
     for name, value in summary.items():
@@ -202,14 +203,15 @@ def summarise(trees: Iterable[Tree]) -> dict[str, Any]:
 
 def _costs(path: Path, progress: driver.Progress, overwrite: bool) -> dict[str, float]:
     """Seconds of search over all runs that came to their end, the earlier ones from the last summary; rates of this run."""
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() and not overwrite else {}
+    names, earlier = ("seconds", "trees_per_second", "tokens_per_second"), {}
+    if path.exists() and not overwrite:
+        with suppress(ValueError):  # torn by a kill
+            earlier = json.loads(path.read_text(encoding="utf-8"))
     if not progress.trees:
-        return {name: earlier.get(name, 0.0) for name in ("seconds", "trees_per_second", "tokens_per_second")}
-    return {
-        "seconds": round(progress.seconds + earlier.get("seconds", 0.0), 3),
-        "trees_per_second": progress.trees / progress.seconds,
-        "tokens_per_second": progress.tokens / progress.seconds,
-    }
+        return {name: earlier.get(name, 0.0) for name in names}
+    seconds = progress.seconds
+    costs = (round(seconds + earlier.get("seconds", 0.0), 3), progress.trees / seconds, progress.tokens / seconds)
+    return dict(zip(names, costs, strict=True))
 
 
 def main(args: list[str]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -47,21 +48,38 @@ class Confidence(Reward):
 class ProcessReward(Reward):
     """The domain's exact step checker as a process reward: each scored segment is paid ``weight * (score - center)``.
 
-    Centring matters: positive step scores summed over a path pay for length. Segments that compute nothing are not scored.
-    Search backs up 1 or 0 for the answer.
+    Centring matters: positive step scores summed over a path pay for length, and scores that are never positive pay for
+    leaving steps (checks, above all) out. Segments that compute nothing are not scored. Search backs up 1 or 0 for the answer.
+
+    Args:
+        weight: of a step's score.
+        center: what is taken off a score in [0, 1]; None is the mean score of the segments of the same tag among the paths scored
+            together, so that a tag's use is neither paid nor punished, only its being right.
+        tokens: functional-token table; None is the paper's.
     """
 
-    def __init__(self, weight: float = 1.0, center: float = 1.0, tokens: str | None = None) -> None:
+    def __init__(self, weight: float = 1.0, center: float | None = None, tokens: str | None = None) -> None:
         self.weight, self.center = weight, center
         self.table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
 
     def score(self, source: ProblemSource, rollouts: Sequence[Rollout]) -> list[Score]:
+        checked = [tuple(source.check_steps(rollout.problem, rollout.steps)) for rollout in rollouts]
+        centers = self._centers(rollouts, checked)
         scores = []
-        for rollout, verdict in zip(rollouts, judge(source, rollouts, self.table), strict=True):
-            steps = tuple(source.check_steps(rollout.problem, rollout.steps))
-            rewards = tuple(0.0 if step is None else self.weight * (step - self.center) for step in steps)
+        verdicts = judge(source, rollouts, self.table)
+        for rollout, steps, verdict in zip(rollouts, checked, verdicts, strict=True):
+            pairs = zip(rollout.segments, steps, strict=True)
+            rewards = tuple(0.0 if s is None else self.weight * (s - centers[segment.tag]) for segment, s in pairs)
             scores.append(Score(verdict, float(verdict.right), rewards, steps))
         return scores
+
+    def _centers(self, rollouts: Sequence[Rollout], checked: Sequence[tuple[float | None, ...]]) -> dict[str, float]:
+        by_tag: dict[str, list[float]] = defaultdict(list)
+        for rollout, steps in zip(rollouts, checked, strict=True):
+            for segment, step in zip(rollout.segments, steps, strict=True):
+                if step is not None:
+                    by_tag[segment.tag].append(step)
+        return {tag: sum(v) / len(v) if self.center is None else self.center for tag, v in by_tag.items()}
 
 
 class Blend(Reward):
