@@ -40,7 +40,8 @@ def curate(
         "curator": describe(curator),
         "backend": getattr(backend, "name", type(backend).__qualname__),
     }
-    if not overwrite and _is_done(Path(out), settings):
+    earlier = manifest(out, "trajectories")["settings"] if (Path(out) / MANIFEST).exists() else None
+    if earlier == json.loads(json.dumps(settings)) and not overwrite:
         print(f"trajectories: {out} (done before; --overwrite true makes them again)")
         return
     report, order = Report(), {problem.id: number for number, problem in enumerate(source.problems())}
@@ -48,19 +49,12 @@ def curate(
     made = list(curator.curate(grown, source, backend, report))
     made.sort(key=lambda trajectory: order.get(trajectory.problem.id, len(order)))  # whatever order trees were finished in
     summary = json.dumps(report_json(report), indent=2) + "\n"
-    write_trajectories(out, made, settings)
     (Path(out) / "report.json").write_text(summary, encoding="utf-8")
+    write_trajectories(out, made, settings)  # last: it makes the result whole
     Console().print(_table(report))
     print(f"trajectories: {out}")
     if not made:
         print("nothing was kept: no tree has a correct path that could be used; see report.json for the reasons")
-
-
-def _is_done(folder: Path, settings: dict[str, Any]) -> bool:
-    """Is there a whole result of the same settings?"""
-    if not (folder / MANIFEST).exists() or not (folder / "report.json").exists():
-        return False
-    return manifest(folder, "trajectories")["settings"] == json.loads(json.dumps(settings))
 
 
 def report_json(report: Report) -> dict[str, Any]:

@@ -1,0 +1,198 @@
+"""``rftt search`` with a scripted backend: what is stored, what is skipped, what a killed run loses (nothing), what is refused."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rftt_lightning.app import cli
+from rftt_lightning.core.contracts import Status
+from rftt_lightning.core.tokens import TokenTable
+from rftt_lightning.search.store import read_trees, shards
+from scripted import ScriptedBackend, ScriptedReward, ScriptedSource
+
+COUNT, ROLLOUTS = 7, 5
+TABLE = TokenTable.from_yaml()
+
+
+class Source(ScriptedSource):
+    """As a user writes one: by class_path."""
+
+    def __init__(self, count: int = COUNT, answer: str = "one") -> None:
+        super().__init__(count, answer)
+
+
+class Fast(ScriptedBackend):
+    calls = 0
+
+    def __init__(self, name: str = "scripted") -> None:
+        super().__init__()
+        self.name = name
+
+    def generate(self, requests):
+        type(self).calls += 1
+        return super().generate(requests)
+
+
+class Slow(Fast):
+    """Leaves time to be killed in."""
+
+    def generate(self, requests):
+        time.sleep(0.05)
+        return super().generate(requests)
+
+
+class Reward(ScriptedReward):
+    def __init__(self) -> None:
+        super().__init__()
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config file of a prompt-guided search into ``tmp_path/out``."""
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    for name in TABLE.names:
+        (prompts / f"{name}.txt").write_text(name)
+    path = tmp_path / "search.yaml"
+    settings = {
+        "source": {"class_path": f"{__name__}.Source"},
+        "backend": {"class_path": f"{__name__}.Fast"},
+        "expander": {
+            "class_path": "rftt_lightning.search.expand.PromptExpander",
+            "init_args": {"prompts": str(prompts), "rollouts": ROLLOUTS},
+        },
+        "reward": {"class_path": f"{__name__}.Reward"},
+        "out": str(tmp_path / "out"),
+        "concurrency": 2,
+    }
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def search(config: Path, *args: object) -> int:
+    return cli.main(["search", "--config", str(config), *map(str, args)])
+
+
+def trees(folder: Path) -> dict:
+    """Trees by problem id; fails if one is there twice."""
+    found = list(read_trees(folder))
+    for tree in found:
+        tree.check()
+    assert len({tree.problem.id for tree in found}) == len(found)
+    return {tree.problem.id: tree for tree in found}
+
+
+def test_every_problem_gets_a_tree_and_every_rollout_a_verdict(config, tmp_path, capsys):
+    assert search(config) == 0
+    grown, summary = trees(tmp_path / "out"), json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert set(grown) == {problem.id for problem in Source().problems()}
+    rollouts = [rollout for tree in grown.values() for rollout in tree.rollouts()]
+    assert summary["problems"] == COUNT and summary["rollouts"] == len(rollouts) == sum(summary[s.value] for s in Status)
+    assert summary["rollout_accuracy"] == sum(r.score.verdict.right for r in rollouts) / len(rollouts)
+    assert summary["any_right"] == sum(any(r.score.verdict.right for r in t.rollouts()) for t in grown.values()) / COUNT
+    assert summary["seconds"] > 0 and summary["trees_per_second"] > 0 and summary["tokens_per_second"] > 0
+    assert "rollout_accuracy" in capsys.readouterr().out
+    for tree in grown.values():
+        for node in range(1, len(tree)):
+            assert tree.tag(node) in TABLE.prompted[tree.tag(tree.parent[node])]
+
+
+def test_what_is_complete_is_not_done_again(config, tmp_path):
+    search(config)
+    before, summary = shards(tmp_path / "out", "trees")[0].read_bytes(), (tmp_path / "out" / "summary.json").read_text()
+    calls = Fast.calls
+    assert search(config) == 0
+    assert Fast.calls == calls
+    assert shards(tmp_path / "out", "trees")[0].read_bytes() == before
+    assert (tmp_path / "out" / "summary.json").read_text() == summary
+    (tmp_path / "out" / "summary.json").write_text('{"sec')  # torn
+    assert search(config) == 0
+    assert search(config, "--overwrite", "true") == 0 and Fast.calls > calls
+    assert shards(tmp_path / "out", "trees")[0].read_bytes() == before
+
+
+def test_more_problems_go_on_where_fewer_ended(config, tmp_path):
+    search(config, "--source.init_args.count", COUNT - 4)
+    search(config)
+    search(config, "--out", tmp_path / "straight")
+    assert trees(tmp_path / "out") == trees(tmp_path / "straight")
+
+
+def test_functional_tokens_work_in_place_of_prompts(config, tmp_path):
+    tokens = ["--expander", "rftt_lightning.search.expand.TokenExpander", "--expander.rollouts", ROLLOUTS]
+    assert search(config, *tokens) == 0
+    for tree in trees(tmp_path / "out").values():
+        for rollout in tree.rollouts():
+            assert TABLE.is_legal(step.tag for step in rollout.steps)
+
+
+def begin(config: Path, out: Path) -> subprocess.Popen:
+    """A search in a process of its own that has stored some trees and not all."""
+    root = Path(__file__).resolve().parents[2]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests", root / "tests" / "app")))}
+    slow = ["--backend", f"{__name__}.Slow", "--out", str(out)]
+    command = [sys.executable, "-m", "rftt_lightning", "search", "--config", str(config), *slow]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not any(path.read_bytes().count(b"\n") for path in shards(out, "trees")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    return process
+
+
+def test_killed_and_resumed_is_straight(config, tmp_path):
+    process = begin(config, tmp_path / "out")
+    process.kill()
+    process.communicate()
+    path = shards(tmp_path / "out", "trees")[0]
+    assert 0 < path.read_bytes().count(b"\n") < COUNT
+    with path.open("ab") as file:  # as if it had been killed while it wrote
+        file.write(b'{"id":"scripted/6","problem":{"id":')
+    assert search(config, "--concurrency", 3) == 0
+    search(config, "--out", tmp_path / "straight")
+    assert trees(tmp_path / "out") == trees(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_says_one_line_and_keeps_its_trees(config, tmp_path, kind):
+    process = begin(config, tmp_path / "out")
+    process.send_signal(kind)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == cli.INTERRUPTED
+    assert said.splitlines() == ["rftt: interrupted; long commands go on where they were when started again"]
+    assert 0 < len(trees(tmp_path / "out")) < COUNT
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--seed", "1"], r"seed: 0 there, 1 here"),
+        (["--expander.init_args.rollouts", "6"], r"expander\.rollouts: 5 there, 6 here"),
+        (["--expander.init_args.sampling.temperature", "0.5"], r"expander\.sampling\.temperature: 0\.7 there, 0\.5 here"),
+        (["--backend.init_args.name", "other"], r'backend: "scripted" there, "other" here'),
+        (["--parallel", "2"], r"parallel: 1 there, 2 here"),
+        (["--source.init_args.answer", "two"], r"another problem with the id 'scripted/0'"),
+        (["--concurrency", "0"], r"concurrency is 0; it must be at least 1"),
+        (["--held_out+", f"{__name__}.Source"], r"overlap.*allow_overlap"),
+        (["--out", "/proc/nowhere"], r"cannot write to /proc/nowhere.*another --out"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_the_store_alone(config, tmp_path, capsys, args, said):
+    search(config)
+    before = shards(tmp_path / "out", "trees")[0].read_bytes()
+    capsys.readouterr()
+    assert search(config, *args) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and re.search(said, err), err
+    assert shards(tmp_path / "out", "trees")[0].read_bytes() == before
+
+
+def test_an_overlap_may_be_allowed(config):
+    assert search(config, "--held_out+", f"{__name__}.Source", "--allow_overlap", "true") == 0
