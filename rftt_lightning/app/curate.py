@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +64,23 @@ def report_json(report: Report) -> dict[str, Any]:
         "trees": report.trees,
         "kept": kept,
         "kinds": {kind: {"count": n, "share": n / kept} for kind, n in sorted(report.kept.items())},
-        "tokens": {tag: {"count": n, "share": n / used} for tag, n in report.tokens.most_common()},
-        "rejected": dict(report.rejected.most_common()),
+        "tokens": {tag: {"count": n, "share": n / used} for tag, n in _ranked(report.tokens)},
+        "rejected": dict(_ranked(report.rejected)),
     }
+
+
+def _ranked(counts: Counter[str]) -> list[tuple[str, int]]:
+    """Most frequent first, equal ones by name."""
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _table(report: Report) -> Table:
     table = Table("", "count", "share", title=f"curation of {report.trees} trees")
     for kind, count in sorted(report.kept.items()):
         table.add_row(f"kept, {kind}", str(count), f"{count / report.kept.total():.1%}")
-    for reason, count in report.rejected.most_common():
+    for reason, count in _ranked(report.rejected):
         table.add_row(f"rejected, {reason}", str(count), style="dim")
-    for tag, count in report.tokens.most_common():
+    for tag, count in _ranked(report.tokens):
         table.add_row(f"<{tag}>", str(count), f"{count / report.tokens.total():.1%}")
     return table
 

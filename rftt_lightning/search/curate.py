@@ -98,7 +98,7 @@ class Curator:
                 raise UserError(f"curation needs the functional token {name!r}, the table has {', '.join(self.table.names)}")
         self.prompts = read_prompts(prompts, self.table.names)
         self.alpha, self.verify_share, self.preparing = alpha, verify_share, tuple(preparing)
-        self.affirms, self.denies = re.compile(affirms), re.compile(denies)
+        self.affirms, self.denies = _expression("affirms", affirms), _expression("denies", denies)
         self.train_wrong_branch, self.sampling, self.max_tokens, self.seed = train_wrong_branch, sampling, max_tokens, seed
 
     def curate(
@@ -208,6 +208,13 @@ class Curator:
         if (trajectory.problem.question, trajectory.steps) in seen:
             return "duplicate"
         return ""
+
+
+def _expression(name: str, text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise UserError(f"curator.{name} is no regular expression ({error}): {text}") from error
 
 
 def common(one: Rollout, other: Rollout) -> int:

@@ -1,0 +1,58 @@
+"""The demo end to end, small: every stage is a real command in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+ARMS = ("base", "sft", "rl", "rl_masked", "rl_no_warmup", "sampling")
+
+
+def shrink(folder: Path) -> None:
+    """Copies of configs/tiny with few problems and steps."""
+    folder.mkdir()
+    for path in (ROOT / "configs/tiny").glob("*.yaml"):
+        config = yaml.safe_load(path.read_text())
+        if path.stem in ("search", "curate"):
+            config["source"]["init_args"]["count"] = 40
+        if path.stem.startswith("evaluate"):
+            config["source"]["init_args"]["count"] = 20
+        if path.stem == "rl":
+            config["data"]["train"]["init_args"]["count"] = 60
+            config["data"]["validation"]["init_args"]["count"] = 10
+            config["data"]["batch_size"] = 4
+            config["trainer"].update(max_steps=3, checkpoint_every=1)
+        if path.stem == "sft":
+            config["trainer"]["max_epochs"] = 2
+        (folder / path.name).write_text(yaml.safe_dump(config))
+
+
+def demo(out: Path, world: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "experiments/demo/run.py", f"--out={out}", f"--world={world}", "--short=2"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_demo_runs_from_search_to_table_and_skips_what_is_done(tmp_path):
+    shrink(tmp_path / "world")
+    first = demo(tmp_path / "out", tmp_path / "world")
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    for arm in ARMS:
+        row = results[arm]
+        assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1 and row["n"] == 20
+        assert sum(row["verdicts"].values()) == 20
+        assert json.loads((tmp_path / "out" / f"evaluate_{arm}" / "results.json").read_text())["greedy"] == row
+    assert results["rl_masked"]["functional_tokens_per_answer"]["verify"] == 0
+    assert sorted(map(int, results["rollouts"])) == [1, 2, 4, 8, 16]
+    assert (tmp_path / "out" / "evaluate_rl" / "accuracy.png").stat().st_size > 1000
+    assert set(results["seconds"]) > {"search", "curate", "sft", "rl", "total"}
+    again = demo(tmp_path / "out", tmp_path / "world")
+    assert again.returncode == 0
+    repeated = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {arm: repeated[arm] for arm in ARMS} == {arm: results[arm] for arm in ARMS}
+    assert repeated["seconds"]["total"] < 30
