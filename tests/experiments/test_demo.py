@@ -1,6 +1,7 @@
 """The demo end to end, small: every stage is a real command in a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,8 @@ def shrink(folder: Path) -> None:
 
 def demo(out: Path, world: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "experiments/demo/run.py", f"--out={out}", f"--world={world}", "--short=2"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.slow

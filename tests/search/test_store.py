@@ -1,15 +1,34 @@
 """A store keeps whole records, whatever happens to the process that writes it."""
 
 import json
+import re
+from dataclasses import dataclass
 
 import pytest
 
-from rftt_lightning.core.contracts import Problem, Step, Trajectory, UserError
-from rftt_lightning.search.store import Store, read_trajectories, shards, write_trajectories
+from rftt_lightning import __version__
+from rftt_lightning.core.contracts import Problem, Sampling, Step, Trajectory, UserError
+from rftt_lightning.core.tree import Tree
+from rftt_lightning.search.store import (
+    MANIFEST,
+    Store,
+    describe,
+    differences,
+    manifest,
+    read_trajectories,
+    read_trees,
+    shards,
+    size,
+    write_trajectories,
+)
 
 
 def trajectory(number: int) -> Trajectory:
     return Trajectory(Problem(str(number), f"what is {number}?"), (Step("output", str(number)),), (True,), "plain", {"n": [number]})
+
+
+def tree(number: int) -> Tree:
+    return Tree(Problem(f"é{number}", f"what\n is {number}?", data={"n": [number]}), (number, 1))
 
 
 def test_trajectories_come_back_equal_over_many_shards(tmp_path):
@@ -17,27 +36,85 @@ def test_trajectories_come_back_equal_over_many_shards(tmp_path):
     write_trajectories(tmp_path, made, {"seed": 1})
     assert list(read_trajectories(tmp_path)) == made
     assert len(shards(tmp_path, "trajectories")) == 3
+    write_trajectories(tmp_path, made[:3], {"seed": 1})
+    assert list(read_trajectories(tmp_path)) == made[:3] and len(shards(tmp_path, "trajectories")) == 1
+    write_trajectories(tmp_path, [], {"seed": 1})
+    assert list(read_trajectories(tmp_path)) == []
 
 
-@pytest.mark.parametrize("cut", [1, 7, 40])
-def test_a_torn_last_line_is_dropped_and_written_again(tmp_path, cut):
+@pytest.mark.parametrize("ending", [999, 1000, 1001])
+def test_trees_come_back_equal_over_many_shards_and_openings(tmp_path, ending):
+    for begin, end in ((0, ending), (ending, 2100)):
+        store = Store(tmp_path, "trees", {})
+        assert list(store.done) == [f"é{i}" for i in range(begin)]
+        for i in range(begin, end):
+            store.add(tree(i).problem.id, tree(i).to_json())
+        store.close()
+    assert list(read_trees(tmp_path)) == [tree(i) for i in range(2100)]
+    assert [size(tmp_path, "trees"), len(shards(tmp_path, "trees"))] == [2100, 3]
+
+
+def test_wherever_a_write_is_cut_whole_records_are_left(tmp_path):
+    """Records as they lie on the disk when the process is killed: all but the torn one are read, and it is written again."""
+    made = [trajectory(i) for i in range(3)]
     store = Store(tmp_path, "trajectories", {"seed": 1})
-    for i in range(5):
-        store.add(str(i), trajectory(i).to_json())
-    path = shards(tmp_path, "trajectories")[0]
-    path.write_bytes(path.read_bytes()[:-cut])
-    assert len(list(read_trajectories(tmp_path))) == 4
-    again = Store(tmp_path, "trajectories", {"seed": 1})
-    assert list(again.done) == ["0", "1", "2", "3"]
-    again.add("4", trajectory(4).to_json())
-    assert list(read_trajectories(tmp_path)) == [trajectory(i) for i in range(5)]
+    for i in range(3):
+        store.add(str(i), made[i].to_json())
+    path = shards(tmp_path, "trajectories")[0]  # not closed: a kill closes nothing either
+    whole = path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in sorted({*range(0, len(whole), 23), *(end + d for end in ends for d in (-2, -1, 0, 1))} - {len(whole), len(whole) + 1}):
+        path.write_bytes(whole[:cut])
+        known = whole[:cut].count(b"\n")
+        assert list(read_trajectories(tmp_path)) == made[:known]
+        assert path.read_bytes() == whole[:cut], "reading never writes"
+        again = Store(tmp_path, "trajectories", {"seed": 1})
+        assert list(again.done) == [str(i) for i in range(known)]
+        for i in range(known, 3):
+            again.add(str(i), made[i].to_json())
+        again.close()
+        assert path.read_bytes() == whole
+
+
+def test_the_manifest_says_where_the_records_come_from(tmp_path):
+    Store(tmp_path, "trees", {"seed": 1}, version=7).close()
+    about = manifest(tmp_path, "trees")
+    assert about["settings"] == {"seed": 1} and about["version"] == __version__ and about["policy_version"] == 7
+    assert about["commit"] is None or re.fullmatch("[0-9a-f]{40}", about["commit"])
+    Store(tmp_path, "trees", {"seed": 1}, version=8).close()  # neither commit nor version keeps a run from going on
 
 
 def test_other_settings_are_refused_and_named(tmp_path):
-    Store(tmp_path, "trees", {"seed": 1, "reward": "a"}).close()
-    with pytest.raises(UserError, match="seed"):
-        Store(tmp_path, "trees", {"seed": 2, "reward": "a"})
-    Store(tmp_path, "trees", {"seed": 2, "reward": "a"}, overwrite=True).close()
+    Store(tmp_path, "trees", {"seed": 1, "expander": {"c": 2.0, "rollouts": 8}}).close()
+    with pytest.raises(UserError, match=r"\(seed: 1 there, 2 here, expander\.c: 2\.0 there, 1\.0 here\).*--overwrite") as error:
+        Store(tmp_path, "trees", {"seed": 2, "expander": {"c": 1.0, "rollouts": 8}})
+    assert "\n" not in str(error.value)
+    Store(tmp_path, "trees", {"seed": 2}, overwrite=True).close()
+
+
+def test_differences_of_long_texts_are_named_too():
+    assert differences({"a": "x" * 99 + "y"}, {"a": "x" * 99 + "z"}) == "a differs"
+    assert differences({"a": 1}, {"b": {"c": 2}}) == 'a: 1 there, null here, b: null there, {"c": 2} here'
+
+
+class Thing:
+    def __init__(self, inner: object = None) -> None:
+        self.inner, self.pattern, self._cache = inner, re.compile("a+"), object()
+
+
+def test_settings_are_described_the_same_in_every_process():
+    @dataclass(frozen=True)
+    class Record:
+        names: tuple[str, ...] = ("a", "b")
+
+    described = describe({"thing": Thing([Thing(), Record()]), "sampling": Sampling()})
+    assert described == json.loads(json.dumps(described))
+    assert "0x" not in json.dumps(described) and "_cache" not in json.dumps(described)
+    assert described["thing"]["inner"][0] == {"class": "Thing", "inner": None, "pattern": "a+"}
+    assert described["thing"]["inner"][1]["names"] == ["a", "b"] and described["sampling"]["top_p"] == 1.0
+    round_and_round = Thing()
+    round_and_round.inner = round_and_round
+    assert json.dumps(describe(round_and_round))
 
 
 def test_a_name_is_stored_once(tmp_path):
@@ -47,24 +124,83 @@ def test_a_name_is_stored_once(tmp_path):
         store.add("a", {})
 
 
-def test_damage_is_named_by_file_and_line(tmp_path):
+@pytest.mark.parametrize("line", ["{broken", "[]", '"text"', "{}", '{"id": 3}', "\x00"])
+def test_damage_is_named_by_file_and_line(tmp_path, line):
     write_trajectories(tmp_path, [trajectory(0), trajectory(1)], {})
     path = shards(tmp_path, "trajectories")[0]
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], "{broken", lines[1]]) + "\n")
-    with pytest.raises(UserError, match="line 2"):
+    path.write_text("\n".join([lines[0], line, lines[1]]) + "\n")
+    for read in (lambda: list(read_trajectories(tmp_path)), lambda: Store(tmp_path, "trajectories", {})):
+        with pytest.raises(UserError, match=re.escape(f"{path}, line 2: ")) as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["problem", "steps", "train", "kind"])
+@pytest.mark.parametrize("value", [None, 3, "text", [1]])
+def test_a_record_of_something_else_is_named_by_file_and_line(tmp_path, field, value):
+    record = {"id": "x", **trajectory(0).to_json()}
+    write_trajectories(tmp_path, [trajectory(0)], {})
+    path = shards(tmp_path, "trajectories")[0]
+    path.write_text(json.dumps({**record, field: value}) + "\n")
+    try:
         list(read_trajectories(tmp_path))
-    path.write_text(json.dumps({"id": "x"}) + "\n")
-    with pytest.raises(UserError, match="line 1"):
+    except UserError as error:
+        assert f"{path}, line 1: not one of trajectories" in str(error)
+    del record[field]
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(UserError, match="line 1: not one of trajectories"):
         list(read_trajectories(tmp_path))
 
 
 def test_what_is_no_store_is_refused(tmp_path):
     with pytest.raises(UserError, match="no store"):
         list(read_trajectories(tmp_path / "nowhere"))
-    Store(tmp_path, "trees", {}).close()
-    with pytest.raises(UserError, match="store of trees"):
-        list(read_trajectories(tmp_path))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         Store(tmp_path / "file" / "below", "trees", {})
+    with pytest.raises(UserError, match="cannot write"):
+        write_trajectories(tmp_path / "file" / "below", [], {})
+    for text in ("{", "[]", "{}", '{"kind": "trees"}'):
+        (tmp_path / MANIFEST).write_text(text)
+        with pytest.raises(UserError, match="is damaged"):
+            list(read_trees(tmp_path))
+
+
+def test_a_store_of_another_kind_is_neither_read_nor_overwritten(tmp_path):
+    store = Store(tmp_path, "trees", {})
+    store.add("a", {})
+    store.close()
+    for touch in (
+        lambda: list(read_trajectories(tmp_path)),
+        lambda: write_trajectories(tmp_path, [trajectory(0)], {}),
+        lambda: Store(tmp_path, "trajectories", {}, overwrite=True),
+    ):
+        with pytest.raises(UserError, match="is a store of trees, not of trajectories"):
+            touch()
+    assert list(Store(tmp_path, "trees", {}).done) == ["a"]
+
+
+def test_records_whose_manifest_is_lost_are_not_taken_over(tmp_path):
+    store = Store(tmp_path, "trees", {"seed": 1})
+    store.add("a", {})
+    store.close()
+    (tmp_path / MANIFEST).unlink()
+    with pytest.raises(UserError, match="no manifest"):
+        Store(tmp_path, "trees", {"seed": 2})
+    assert not Store(tmp_path, "trees", {"seed": 2}, overwrite=True).done
+
+
+def test_trajectories_whose_writing_broke_off_are_no_store(tmp_path):
+    write_trajectories(tmp_path, [trajectory(i) for i in range(3)], {})
+
+    def breaking_off():
+        yield trajectory(0)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_trajectories(tmp_path, breaking_off(), {})
+    with pytest.raises(UserError, match="no store"):
+        list(read_trajectories(tmp_path))
+    write_trajectories(tmp_path, [trajectory(1)], {})
+    assert list(read_trajectories(tmp_path)) == [trajectory(1)]
