@@ -10,39 +10,53 @@ import argparse
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerFast
 
-from rftt_lightning.core.contracts import Message
+from rftt_lightning.core.contracts import Message, ProblemSource, Step
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.search.expand import COT, dialogue, read_prompts
-from rftt_lightning.tiny import countdown
+from rftt_lightning.tiny import arithmetic, countdown
 from rftt_lightning.tiny.model import build_model, build_tokenizer
 
-WORDS = {"countdown": "target combine ok wrong clarify analyze subquestion next step direct answer verify refine output solve "
-         ", ; = + - *".split()}  # fmt: skip
+PROMPTS = read_prompts("pkg:tiny/prompts", [*TokenTable.from_yaml().names, COT])
 
 
-def countdown_chats(seed: int, plain: float = 0.15) -> Callable[[], list[Message]]:
+class Recipe(NamedTuple):
+    """A world's documents, the words of its tokenizer beside prompts and numbers, and how long to train."""
+
+    world: ModuleType
+    source: ProblemSource
+    words: str
+    numbers: int
+    steps: int
+
+
+RECIPES = {
+    "countdown": Recipe(countdown, countdown.Countdown("train", 8000), "target combine ok wrong , ; = + - *", 100, 7000),
+    "arithmetic": Recipe(arithmetic, arithmetic.Arithmetic("train", 40000), "ok wrong , ; : = + - * ( )", 10, 6000),
+}
+
+
+def chats(recipe: Recipe, seed: int, plain: float = 0.15) -> Iterator[list[Message]]:
     """An endless stream of training chats; a share ``plain`` of them are chains of thought."""
     rng = random.Random(seed)
-    prompts = read_prompts("pkg:tiny/prompts", [*TokenTable.from_yaml().names, COT])
-    problems = countdown.Countdown("train", count=8000, seed=seed).problems()
-
-    def chat() -> list[Message]:
+    problems = recipe.source.problems()
+    while True:
         problem = rng.choice(problems)
         if rng.random() < plain:
-            turns = dialogue(problem.question, [], prompts, ask=COT)
-            return [*turns, Message("assistant", countdown.chain_of_thought(problem, rng))]
-        steps = countdown.document(problem, rng)
-        turns = dialogue(problem.question, steps[:-1], prompts, ask=steps[-1].tag)
-        return [*turns, Message("assistant", steps[-1].text)]
-
-    return chat
+            steps = [Step(COT, recipe.world.chain_of_thought(problem, rng))]
+        else:
+            steps = recipe.world.document(problem, rng)
+        *before, (tag, last) = steps
+        yield [*dialogue(problem.question, before, PROMPTS, ask=tag), Message("assistant", last)]
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, chat: list[Message]) -> tuple[list[int], list[int]]:
@@ -57,16 +71,16 @@ def encode(tokenizer: PreTrainedTokenizerFast, chat: list[Message]) -> tuple[lis
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, chat: Callable[[], list[Message]], tokens: int
+    tokenizer: PreTrainedTokenizerFast, stream: Iterator[list[Message]], positions: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """An endless stream of ids and labels, each [rows, positions], of about ``tokens`` positions. Rows of like length share a
+    """An endless stream of ids and labels, each [rows, width], of at most ``positions`` positions. Rows of like length share a
     batch, so that little is padding; the batches of a pool come in random order."""
-    rng = random.Random(0)
+    rng = random.Random(seed)
     while True:
-        rows = sorted((encode(tokenizer, chat()) for _ in range(1000)), key=lambda row: len(row[0]))
+        rows = sorted((encode(tokenizer, chat) for chat in itertools.islice(stream, 1000)), key=lambda row: len(row[0]))
         pool: list[list[tuple[list[int], list[int]]]] = [[]]
         for row in rows:
-            if (len(pool[-1]) + 1) * len(row[0]) > tokens:
+            if (len(pool[-1]) + 1) * len(row[0]) > positions:
                 pool.append([])
             pool[-1].append(row)
         rng.shuffle(pool)
@@ -77,46 +91,52 @@ def batches(
             yield torch.tensor(ids), torch.tensor(labels)
 
 
-def optimizers(model: torch.nn.Module, lr: float, kind: str) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for embeddings, norms and biases."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    if kind == "adamw":
-        return [torch.optim.AdamW(matrices + others, lr=lr, betas=(0.9, 0.95), weight_decay=0.05)]
-    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+def optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings and norms."""
+    named = dict(model.named_parameters())
+    matrices = [p for name, p in named.items() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in named.items() if p.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=0.3 * lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def train(model: torch.nn.Module, stream: Iterator[tuple[torch.Tensor, torch.Tensor]], steps: int, lr: float) -> None:
+    """Next-token training with 50 steps of warm-up and linear decay to 0, forward and backward in bf16."""
+    steppers = optimizers(model, lr)
+    steppers += [LambdaLR(o, lambda step: min(1, (step + 1) / 50) * (1 - step / steps)) for o in steppers]
+    began, tokens, mean = time.monotonic(), 0, 0.0
+    for step, (ids, labels) in enumerate(itertools.islice(stream, steps)):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=ids).logits[:, :-1]
+        loss = cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for stepper in steppers:
+            stepper.step()
+        tokens += ids.numel()
+        mean += (loss.item() - mean) * max(0.01, 1 / (step + 1))
+        if step % 100 == 0 or step == steps - 1:
+            print(f"step {step}  loss {mean:.4f}  positions {tokens}  seconds {time.monotonic() - began:.0f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("world", choices=list(WORDS))
+    parser.add_argument("world", choices=list(RECIPES))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--steps", type=int, default=3500)
-    parser.add_argument("--tokens", type=int, default=2560)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--kind", default="adamw")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--positions", type=int, default=2560, help="tokens of a batch, padding included")
+    parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    tokenizer = build_tokenizer(WORDS[options.world])
+    recipe = RECIPES[options.world]
+    words = " ".join([*PROMPTS.values(), recipe.words]).split()
+    tokenizer = build_tokenizer(words, recipe.numbers)
     model = build_model(tokenizer, options.seed)
-    chat = {"countdown": countdown_chats}[options.world](options.seed)
-    steppers = optimizers(model, options.lr, options.kind)
-    ramps = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda s: min(1, (s + 1) / 50) * (1 - s / options.steps)) for o in steppers
-    ]
-    began, tokens, mean = time.monotonic(), 0, 0.0
-    for step, (ids, labels) in enumerate(itertools.islice(batches(tokenizer, chat, options.tokens), options.steps)):
-        tokens += int((ids != tokenizer.pad_token_id).sum())
-        logits = model(input_ids=ids).logits[:, :-1]
-        loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for stepper in (*steppers, *ramps):
-            stepper.step()
-        mean += (loss.item() - mean) * max(0.01, 1 / (step + 1))
-        if step % 100 == 0 or step == options.steps - 1:
-            print(f"step {step}  loss {mean:.4f}  tokens {tokens}  seconds {time.monotonic() - began:.0f}", flush=True)
+    stream = batches(tokenizer, chats(recipe, options.seed), options.positions, options.seed)
+    train(model, stream, options.steps or recipe.steps, options.lr)
     out = options.out or Path(f"rftt_lightning/tiny/checkpoints/{options.world}")
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)

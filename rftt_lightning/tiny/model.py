@@ -15,12 +15,12 @@ TEMPLATE = (
 )
 
 
-def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
-    """One id per word; words are separated by spaces, a run of newlines is one word. The numbers 0..99 and ``words`` are known;
-    ``<|end|>`` ends a turn. Give no word that the base never reads: its row stays like every other untrained one, and a
+def build_tokenizer(words: Iterable[str], numbers: int = 100) -> PreTrainedTokenizerFast:
+    """One id per word; words are separated by spaces, a run of newlines is one word. The ``numbers`` from 0 on and ``words`` are
+    known; ``<|end|>`` ends a turn. Give no word that the base never reads: its row stays like every other untrained one, and a
     functional token that starts from such rows starts equal to the others."""
     special = ["<|pad|>", "<|end|>", "<|unk|>", *(f"<|{role}|>" for role in ROLES)]
-    known = dict.fromkeys([*special, "\n", *map(str, range(100)), *words])
+    known = dict.fromkeys([*special, "\n", *map(str, range(numbers)), *words])
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<|unk|>"))
     tokenizer.normalizer = normalizers.Replace(Regex("\n+"), " \n ")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" +"), "removed")
