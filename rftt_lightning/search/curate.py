@@ -20,6 +20,7 @@ from rftt_lightning.core.contracts import (
     Request,
     Rollout,
     Sampling,
+    Status,
     Step,
     Trajectory,
     UserError,
@@ -67,7 +68,8 @@ class Curator:
         prompts: folder with the functional prompts; ``verify.txt`` may contain ``{correct_steps}``.
         tokens: functional-token table; None is the paper's.
         alpha: smallest share of a wrong path, in steps, that it must have in common with the correct one (the paper's
-            threshold, which it gives no value for).
+            threshold, which it gives no value for). At 0 a wrong path may share the question alone, and the merged path goes
+            back to the very beginning; anything above 0 asks for a shared step.
         verify_share: share of the documents in which the model also verifies the correct end before the output.
         preparing: tags that prepare a step without taking one; refine begins at the first step after the fork that is none.
         affirms, denies: regular expressions that tell what a verify text says; exactly one must be found.
@@ -80,7 +82,7 @@ class Curator:
         self,
         prompts: str = "pkg:search/prompts",
         tokens: str | None = None,
-        alpha: float = 0.0,
+        alpha: float = 0.25,
         verify_share: float = 0.0,
         preparing: Sequence[str] = ("clarify", "analyze", "subquestion"),
         affirms: str = r"(?i)verdict:\s*correct",
@@ -126,10 +128,11 @@ class Curator:
     # -- choosing --------------------------------------------------------------------------------------------------------
 
     def drafts(self, tree: Tree, source: ProblemSource, report: Report) -> list[Draft]:
-        """The plain and the merged draft of a tree, as far as it has them."""
+        """The plain and the merged draft of a tree, as far as it has them. A path whose answer is missing, or could not be
+        judged, is neither correct nor known to be wrong."""
         complete = [r for r in tree.rollouts() if r.complete and r.score]
         correct = [r for r in complete if r.score.verdict.right]  # type: ignore[union-attr]
-        wrong = [r for r in complete if not r.score.verdict.right]  # type: ignore[union-attr]
+        wrong = [r for r in complete if r.score.verdict.status is Status.WRONG]  # type: ignore[union-attr]
         if not correct:
             report.rejected["tree: no correct path"] += 1
             return []

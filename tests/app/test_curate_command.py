@@ -70,7 +70,7 @@ def config(tmp_path, grown):
         "trees": str(tmp_path / "trees"),
         "source": {"class_path": f"{__name__}.Source"},
         "backend": {"class_path": f"{__name__}.Checker"},
-        "curator": {"verify_share": 0.5, "seed": 3},
+        "curator": {"alpha": 0.0, "verify_share": 0.5, "seed": 3},
         "out": str(tmp_path / "out"),
     }
     path.write_text(yaml.safe_dump(settings))

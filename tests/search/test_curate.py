@@ -51,8 +51,9 @@ class Source(ProblemSource):
         return f"it is {answer}"
 
 
-def tree_of(*paths: tuple[list[Step], str | None, list[float | None]]) -> Tree:
-    """A tree of these paths, shared where they begin alike; (steps, answer, step scores), the answer "3" is right."""
+def tree_of(*paths: tuple[list[Step], str | Status | None, list[float | None]]) -> Tree:
+    """A tree of these paths, shared where they begin alike; (steps, answer, step scores), the answer "3" is right, None is
+    that of an incomplete path, a status stands for itself."""
     tree = Tree(PROBLEM, (0,))
     for steps, answer, scores in paths:
         node = 0
@@ -65,6 +66,7 @@ def tree_of(*paths: tuple[list[Step], str | None, list[float | None]]) -> Tree:
             tree.fill(node, Segment(tag, (1,), (0.0,), (0,), text, True))
         tree.end(node, complete=answer is not None)
         status = Status.NO_ANSWER if answer is None else Status.RIGHT if answer == "3" else Status.WRONG
+        status, answer = (answer, None) if isinstance(answer, Status) else (status, answer)
         rewards = (0.0,) * len(steps)
         tree.backup(node, Score(Verdict(status, answer), float(answer == "3"), rewards, tuple(scores)))
     return tree
@@ -131,6 +133,21 @@ def test_wrong_branch_can_be_kept_out_of_the_loss():
 def test_alpha_is_the_least_share_of_the_wrong_path(alpha, merged):
     _, report = run(curator(alpha=alpha), Says("bad"), tree_of((RIGHT, "3", []), (WRONG, "5", [])))
     assert report.kept["merged"] == merged
+
+
+@pytest.mark.parametrize("alpha, merged", [(0.0, True), (0.01, False)])
+def test_above_zero_alpha_asks_for_a_shared_step(alpha, merged):
+    apart = [Step("next_step", "2 - 1 = 2"), Step("direct_answer", "2 + 2 = 4")]
+    made, _ = run(curator(alpha=alpha), Says("bad"), tree_of((RIGHT, "3", []), (apart, "4", [])))
+    assert [t.kind for t in made] == ["plain", "merged"][: 1 + merged]
+    if merged:  # clarify prepares a step, so refine takes the one after it
+        assert made[1].steps == (*apart, Step("verify", "bad"), Step("refine", FOUR.text), RIGHT[2], Step("output", "it is 3"))
+
+
+@pytest.mark.parametrize("status", [Status.NO_ANSWER, Status.TIMED_OUT, Status.UNPARSABLE_GOLD, None])
+def test_only_a_path_known_to_be_wrong_is_merged(status):
+    made, report = run(curator(), Says("bad"), tree_of((RIGHT, "3", []), (WRONG, status, [])))
+    assert [t.kind for t in made] == ["plain"] and report.rejected == {"merged: no wrong path that shares enough": 1}
 
 
 @pytest.mark.parametrize(

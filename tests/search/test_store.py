@@ -1,6 +1,5 @@
 """A store keeps whole records, whatever happens to the process that writes it."""
 
-import contextlib
 import json
 import re
 from dataclasses import dataclass
@@ -138,18 +137,16 @@ def test_damage_is_named_by_file_and_line(tmp_path, line):
 
 
 @pytest.mark.parametrize("field", ["problem", "steps", "train", "kind"])
-@pytest.mark.parametrize("value", [None, 3, "text", [1]])
-def test_a_record_of_something_else_is_named_by_file_and_line(tmp_path, field, value):
-    record = {"id": "x", **trajectory(0).to_json()}
+def test_a_record_of_something_else_is_named_by_file_and_line(tmp_path, field):
     write_trajectories(tmp_path, [trajectory(0)], {})
     path = shards(tmp_path, "trajectories")[0]
-    path.write_text(json.dumps({**record, field: value}) + "\n")
-    with contextlib.suppress(UserError):  # some of these values still make a record
-        list(read_trajectories(tmp_path))
+    record = {"id": "x", **trajectory(0).to_json()}
     del record[field]
-    path.write_text(json.dumps(record) + "\n")
-    with pytest.raises(UserError, match="line 1: not one of trajectories"):
-        list(read_trajectories(tmp_path))
+    broken = [record] if field == "kind" else [record, *({**record, field: value} for value in (None, 3))]
+    for each in broken:
+        path.write_text(json.dumps(each) + "\n")
+        with pytest.raises(UserError, match=re.escape(f"{path}, line 1: not one of trajectories")):
+            list(read_trajectories(tmp_path))
 
 
 def test_what_is_no_store_is_refused(tmp_path):
