@@ -26,7 +26,11 @@ def whiten(values: list[list[float]], mask: list[list[float]], center: bool, eps
 def group_baseline(values: list[float], groups: list[int], leave_one_out: bool) -> list[float]:
     out = []
     for i, (value, group) in enumerate(zip(values, groups, strict=True)):
-        others = [v for j, (v, g) in enumerate(zip(values, groups, strict=True)) if g == group and not (leave_one_out and j == i)]
+        others = [
+            v
+            for j, (v, g) in enumerate(zip(values, groups, strict=True))
+            if g == group and not (leave_one_out and j == i)
+        ]
         out.append(value - sum(others) / len(others) if others else 0.0)
     return out
 

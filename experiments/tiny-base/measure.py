@@ -24,7 +24,9 @@ SOURCES = {"countdown": Countdown, "arithmetic": Arithmetic}
 PROMPTS = read_prompts("pkg:tiny/prompts", [*TokenTable.from_yaml().names, COT])
 
 
-def say(backend: Backend, paths: Sequence[tuple[Problem, list[Step]]], tags: Sequence[str], temperature: float) -> list[str]:
+def say(
+    backend: Backend, paths: Sequence[tuple[Problem, list[Step]]], tags: Sequence[str], temperature: float
+) -> list[str]:
     """The text that the model writes next on each path, asked by the tag's prompt."""
     sampling = Sampling(temperature=temperature)
     requests = [
@@ -77,7 +79,9 @@ def next_tag(source: World, problem: Problem, steps: Sequence[Step], rng: random
 def report(source: World, paths: Sequence[tuple[Problem, list[Step]]]) -> dict[str, str]:
     """Share of right steps for each tag that computes, among steps before which the path has no false one: what follows a
     false step is judged by what the path claims and says little."""
-    slips = ("next_step", "direct_answer") if isinstance(source, Arithmetic) else ()  # there a slip is part of the world
+    slips = (
+        ("next_step", "direct_answer") if isinstance(source, Arithmetic) else ()
+    )  # there a slip is part of the world
     right: Counter[str] = Counter()
     seen: Counter[str] = Counter()
     for problem, steps in paths:

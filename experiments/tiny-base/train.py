@@ -40,7 +40,9 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "countdown": Recipe(countdown, countdown.Countdown("train", 8000), "target combine ok wrong , ; = + - *", 100, 7000),
+    "countdown": Recipe(
+        countdown, countdown.Countdown("train", 8000), "target combine ok wrong , ; = + - *", 100, 7000
+    ),
     "arithmetic": Recipe(arithmetic, arithmetic.Arithmetic("train", 40000), "ok wrong , ; : = + - * ( )", 10, 6000),
 }
 
@@ -119,7 +121,9 @@ def train(model: torch.nn.Module, stream: Iterator[tuple[torch.Tensor, torch.Ten
         tokens += ids.numel()
         mean += (loss.item() - mean) * max(0.01, 1 / (step + 1))
         if step % 100 == 0 or step == steps - 1:
-            print(f"step {step}  loss {mean:.4f}  positions {tokens}  seconds {time.monotonic() - began:.0f}", flush=True)
+            print(
+                f"step {step}  loss {mean:.4f}  positions {tokens}  seconds {time.monotonic() - began:.0f}", flush=True
+            )
 
 
 def main() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from rftt_lightning.core.contracts import UserError
@@ -42,19 +44,40 @@ def run_command(function: Callable[..., Any], args: Sequence[str], prog: str) ->
     relative to the working directory, so a config means the same wherever it lies.
 
     If the function has a parameter ``out`` (a folder), the parsed config is saved there as ``config.yaml`` before it
-    starts; ``prog --config out/config.yaml`` repeats the run. Raises :class:`UserError` for options that are unknown,
-    missing or of a wrong type, and for an ``out`` that cannot be written.
+    starts; ``prog --config out/config.yaml`` repeats the run. A run that is refused leaves the earlier config as it was. Raises
+    :class:`UserError` for options that are unknown, missing or of a wrong type, and for an ``out`` that cannot be written.
     """
+    refuse_malformed(args)
     parser = Parser(prog=prog, description=(function.__doc__ or "").strip().split("\n\n")[0])
     parser.add_argument("--config", action="config", help="YAML file with options; may be repeated, later ones win")
     parser.add_function_arguments(function, fail_untyped=True, sub_configs=True)
     config = parser.parse_args(list(args))
     settings = parser.instantiate(config)
-    if settings.get("out"):
-        save_config(parser.dump(config, skip_unset=False), settings.out)
     settings.pop("config", None)
-    function(**vars(settings))
+    if not settings.get("out"):
+        function(**vars(settings))
+        return 0
+    saved = Path(settings.out) / CONFIG
+    earlier = saved.read_text(encoding="utf-8") if saved.is_file() else None
+    save_config(parser.dump(config, skip_unset=False), settings.out)
+    try:
+        function(**vars(settings))
+    except UserError:
+        if earlier is not None:
+            save_config(earlier, settings.out)
+        raise
     return 0
+
+
+def refuse_malformed(args: Sequence[str]) -> None:
+    """Raises :class:`UserError` that names the ``--config`` file which is no YAML (the parser's own message does not)."""
+    words = [part for word in args for part in word.split("=", 1)]
+    following = [path for word, path in itertools.pairwise(words) if word == "--config"]
+    for path in filter(os.path.isfile, following):
+        try:
+            yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is no YAML: {one_line(error)}") from error
 
 
 def save_config(text: str, folder: str | Path) -> None:

@@ -48,7 +48,9 @@ def curate(
     report, order = Report(), {problem.id: number for number, problem in enumerate(source.problems())}
     grown = track(read_trees(trees), "trees", total=settings["trees"]["count"])
     made = list(curator.curate(grown, source, backend, report))
-    made.sort(key=lambda trajectory: order.get(trajectory.problem.id, len(order)))  # whatever order trees were finished in
+    made.sort(
+        key=lambda trajectory: order.get(trajectory.problem.id, len(order))
+    )  # whatever order trees were finished in
     summary = json.dumps(report_json(report), indent=2) + "\n"
     (Path(out) / "report.json").write_text(summary, encoding="utf-8")
     write_trajectories(out, made, settings)  # last: it makes the result whole

@@ -63,7 +63,9 @@ def evaluate(
     if greedy is None and search is None:
         raise UserError("nothing to evaluate: give greedy, search, or both")
     if search and max(rollouts) > search.rollouts:
-        raise UserError(f"rollouts asks for n = {max(rollouts)}, the search makes {search.rollouts}; raise search.rollouts")
+        raise UserError(
+            f"rollouts asks for n = {max(rollouts)}, the search makes {search.rollouts}; raise search.rollouts"
+        )
     table = TokenTable.from_yaml(tokens)
     results: dict[str, Any] = {"problems": len(source.problems())}
     for name, expander in (("greedy", greedy), ("search", search)):
@@ -102,7 +104,9 @@ def _greedy(
         "tokens_per_problem": sum(r.length for r in answers) / n,
         "seconds_per_problem": seconds / n,
         "complete": sum(r.complete for r in answers) / n,
-        "functional_tokens_per_answer": {name: use[name] / n for name in (*table.names, *(set(use) - set(table.names)))},
+        "functional_tokens_per_answer": {
+            name: use[name] / n for name in (*table.names, *(set(use) - set(table.names)))
+        },
         **_repairs(answers, source, table, checks),
     }
 
@@ -137,7 +141,10 @@ def _n_rollouts(trees: Sequence[Tree], n: int, seconds: float) -> dict[str, Any]
             winner = choose(first)
             chosen[name] += bool(winner and winner.score and winner.score.verdict.right)
         chosen["any"] += any(r.score.verdict.right for r in first if r.score)
-    tokens, everything = sum(_written(tree, n) for tree in trees), sum(_written(tree, len(tree.leaves)) for tree in trees)
+    tokens, everything = (
+        sum(_written(tree, n) for tree in trees),
+        sum(_written(tree, len(tree.leaves)) for tree in trees),
+    )
     return {
         **{name: Accuracy.of(right, len(trees)).to_json() for name, right in chosen.items()},
         "tokens_per_problem": tokens / len(trees),
@@ -184,7 +191,9 @@ def plot_rollouts(results: dict[str, Any], path: Path) -> None:
     counts = [int(n) for n in results["rollouts"]]
     for name in (*VOTES, "any"):
         rows = [row[name] for row in results["rollouts"].values()]
-        line = axes.plot(counts, [100 * r["accuracy"] for r in rows], marker="o", label=name, ls=":" if name == "any" else "-")
+        line = axes.plot(
+            counts, [100 * r["accuracy"] for r in rows], marker="o", label=name, ls=":" if name == "any" else "-"
+        )
         band = ([100 * r["low"] for r in rows], [100 * r["high"] for r in rows])
         axes.fill_between(counts, *band, alpha=0.12, color=line[0].get_color())
     if "greedy" in results:

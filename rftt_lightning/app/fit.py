@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NoReturn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from rftt_lightning.app.command import one_line
+from rftt_lightning.app.command import one_line, refuse_malformed
 from rftt_lightning.core.contracts import UserError
 
 
@@ -35,6 +35,7 @@ class FitCLI(LightningCLI):
         super().__init__(*args, parser_class=FitParser, **kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
+        refuse_malformed(args)
         self.config = parser.parse_args(list(args))
         self.asked = self.config.clone()
         path = self.config[self.config.subcommand].get("ckpt_path")

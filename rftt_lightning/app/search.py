@@ -90,7 +90,9 @@ def grow_into(
 ) -> driver.Progress:
     """Grow the trees that a store still lacks, and store each as soon as it is finished. SIGTERM stops it as Ctrl-C does."""
     problems, progress = source.problems(), driver.Progress()
-    store = Store(folder, "trees", _settings(source, expander, reward, backend, seed, parallel), overwrite, backend.version)
+    store = Store(
+        folder, "trees", _settings(source, expander, reward, backend, seed, parallel), overwrite, backend.version
+    )
     todo = [problem for problem in problems if not _known(problem, store)]
     with _bar() as bar, _terminable(), closing(store):
         task = bar.add_task("trees", total=len(problems), completed=len(problems) - len(todo), rates="")

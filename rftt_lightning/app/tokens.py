@@ -61,7 +61,9 @@ def _rows(
     models: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]], names: TokenTable, questions: list[str]
 ) -> Table:
     """One line a token: ids, norms of its rows, mean probability over the states in which it is legal."""
-    table = Table(title="functional tokens: ids, norms of input rows, probability at legal positions (grammar mask, T = 1)")
+    table = Table(
+        title="functional tokens: ids, norms of input rows, probability at legal positions (grammar mask, T = 1)"
+    )
     for column in ("token", "id", "closing id", "ids each"):
         table.add_column(column)
     for name in models:

@@ -5,6 +5,7 @@ Shape suffixes: B rows of the batch still decoding, L positions in the cache, V 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
@@ -68,7 +69,7 @@ class HFBackend(Backend):
             if name not in table.names:
                 raise UserError(f"backend.mask names {name!r}, which is not among the tokens {', '.join(table.names)}")
         self._bind(*load(model, dtype, attention, device), table.without(*mask), batch_size)
-        self.name = model  # stores refuse to mix the trees of two models
+        self.name = f"{model} {_fingerprint(self.model)}"  # stores refuse to mix the trees of two models
 
     @classmethod
     def live(
@@ -144,7 +145,9 @@ class HFBackend(Backend):
             raise UserError(
                 f"a question of {len(request.prompt)} tokens does not fit the model's {self.limit} positions; leave it out"
             )
-        warnings.warn(f"a context of {len(request.prompt)} tokens fills the model's {self.limit} positions", stacklevel=2)
+        warnings.warn(
+            f"a context of {len(request.prompt)} tokens fills the model's {self.limit} positions", stacklevel=2
+        )
         return Completion((Segment(request.force or "", (), (), (), "", False, {}, self.version),))
 
     # -- from decoded rows to completions --------------------------------------------------------------------------------
@@ -155,7 +158,9 @@ class HFBackend(Backend):
             tokens = tuple(row.tokens)
             chosen = (int(Provenance.SAMPLED),) * len(tokens)
             text = self._text(tokens)
-            segment = Segment(request.force or "", tokens, tuple(row.logprobs), chosen, text, row.ended, {}, self.version)
+            segment = Segment(
+                request.force or "", tokens, tuple(row.logprobs), chosen, text, row.ended, {}, self.version
+            )
             return Completion((segment,), {}, computed)
         ends = [i + 1 for i, token in enumerate(row.tokens) if token in self.closes]
         bounds = [0, *ends] if ends and ends[-1] == len(row.tokens) else [0, *ends, len(row.tokens)]
@@ -196,6 +201,12 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """Tells apart two trainings in one folder: a digest of the first numbers of every tensor."""
+    heads = (p.detach().flatten()[:16].float().cpu().numpy().tobytes() for p in model.parameters())
+    return hashlib.blake2b(b"".join(heads), digest_size=4).hexdigest()
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -284,7 +295,9 @@ class _Layer(DynamicLayer):
     AHEAD = 64
     room: tuple[Tensor, Tensor]
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.room = key_states[:, :, :0], value_states[:, :, :0]
@@ -401,7 +414,9 @@ def _choose(logp_BV: Tensor, boundary_B: Tensor, rows: _Rows, asked: _Truncated,
     kept_BV = _truncate(logp_BV, boundary_B, rows, asked)
     token_B = kept_BV.argmax(1)
     if asked.drawn:
-        token_B = torch.where(rows.greedy_B | (boundary_B & rows.favourite_B), token_B, _draw(kept_BV, rows.seed_B, step))
+        token_B = torch.where(
+            rows.greedy_B | (boundary_B & rows.favourite_B), token_B, _draw(kept_BV, rows.seed_B, step)
+        )
     logprob_B = kept_BV.gather(1, token_B[:, None])[:, 0]
     if step == 0:
         forced_B = rows.forced_B >= 0

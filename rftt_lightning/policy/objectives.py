@@ -57,7 +57,9 @@ def subtract_group_mean(value_B: Tensor, group_B: Tensor, leave_one_out: bool = 
     return torch.where(sizes[group_B] > 1, value_B - others, 0.0)
 
 
-def whiten(value_BT: Tensor, mask_BT: Tensor, reduce: Reduce = lambda x: x, center: bool = True, eps: float = 1e-6) -> Tensor:
+def whiten(
+    value_BT: Tensor, mask_BT: Tensor, reduce: Reduce = lambda x: x, center: bool = True, eps: float = 1e-6
+) -> Tensor:
     """(x - mean) / (std + eps) with the population moments of ALL response tokens of the global batch (arXiv 2501.03262, eq.
     8); 0 outside the mask. Without ``center`` the mean is not subtracted (group means were already)."""
     value_BT = value_BT * mask_BT

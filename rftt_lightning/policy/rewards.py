@@ -86,7 +86,9 @@ class Blend(Reward):
     """Sum of an outcome and a process reward with weights (the released code: 0.6 and 0.4); search backs up the outcome's
     value, the verdict is the outcome's."""
 
-    def __init__(self, outcome: Reward, process: Reward, outcome_weight: float = 0.6, process_weight: float = 0.4) -> None:
+    def __init__(
+        self, outcome: Reward, process: Reward, outcome_weight: float = 0.6, process_weight: float = 0.4
+    ) -> None:
         self.outcome, self.process = outcome, process
         self.outcome_weight, self.process_weight = outcome_weight, process_weight
 

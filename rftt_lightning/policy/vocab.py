@@ -139,7 +139,9 @@ def check_round_trip(tokenizer: PreTrainedTokenizerBase, table: TokenTable) -> N
             )
         ids = tokenizer(tag, add_special_tokens=False)["input_ids"]
         if ids != [known[tag]] or tokenizer.decode(ids, skip_special_tokens=True).strip() != tag:
-            raise UserError(f"{tag} does not encode to exactly one id that is read back (got {ids}); use another spelling")
+            raise UserError(
+                f"{tag} does not encode to exactly one id that is read back (got {ids}); use another spelling"
+            )
 
 
 class Vocabulary:
@@ -151,7 +153,9 @@ class Vocabulary:
     nowhere but for the end of turn in free text. ``allowed_SV`` is bool, ``opens`` and ``closes`` are ids in the table's order.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, table: TokenTable, width: int, ends: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, table: TokenTable, width: int, ends: Sequence[int] = ()
+    ) -> None:
         check_round_trip(tokenizer, table)
         self.table, self.names = table, table.names
         n, known = len(table.tokens), tokenizer.get_vocab()

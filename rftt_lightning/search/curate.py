@@ -71,7 +71,8 @@ class Curator:
             threshold, which it gives no value for). At 0 a wrong path may share the question alone, and the merged path goes
             back to the very beginning; anything above 0 asks for a shared step.
         verify_share: share of the documents in which the model also verifies the correct end before the output.
-        preparing: tags that prepare a step without taking one; refine begins at the first step after the fork that is none.
+        preparing: tags that prepare a step without taking one; refine begins at the first step after the fork that is none, and that
+            the wrong branch did not take as well.
         affirms, denies: regular expressions that tell what a verify text says; exactly one must be found.
         train_wrong_branch: False keeps the wrong steps in the context and out of the loss.
         sampling: how verify texts are drawn; max_tokens caps one.
@@ -97,11 +98,18 @@ class Curator:
         self.table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
         for name in (VERIFY, REFINE, OUTPUT, *preparing):
             if name not in self.table.names:
-                raise UserError(f"curation needs the functional token {name!r}, the table has {', '.join(self.table.names)}")
+                raise UserError(
+                    f"curation needs the functional token {name!r}, the table has {', '.join(self.table.names)}"
+                )
         self.prompts = read_prompts(prompts, self.table.names)
         self.alpha, self.verify_share, self.preparing = alpha, verify_share, tuple(preparing)
         self.affirms, self.denies = _expression("affirms", affirms), _expression("denies", denies)
-        self.train_wrong_branch, self.sampling, self.max_tokens, self.seed = train_wrong_branch, sampling, max_tokens, seed
+        self.train_wrong_branch, self.sampling, self.max_tokens, self.seed = (
+            train_wrong_branch,
+            sampling,
+            max_tokens,
+            seed,
+        )
 
     def curate(
         self, trees: Iterable[Tree], source: ProblemSource, backend: Backend, report: Report, chunk: int = 256
@@ -129,17 +137,18 @@ class Curator:
 
     def drafts(self, tree: Tree, source: ProblemSource, report: Report) -> list[Draft]:
         """The plain and the merged draft of a tree, as far as it has them. A path whose answer is missing, or could not be
-        judged, is neither correct nor known to be wrong."""
-        complete = [r for r in tree.rollouts() if r.complete and r.score]
-        correct = [r for r in complete if r.score.verdict.right]  # type: ignore[union-attr]
-        wrong = [r for r in complete if r.score.verdict.status is Status.WRONG]  # type: ignore[union-attr]
+        judged, is neither correct nor known to be wrong. Phase 1 allows some sequences that the grammar does not; of these
+        no document is made."""
+        right, wrong = (self._ended(tree, status) for status in (Status.RIGHT, Status.WRONG))
+        correct = [r for r in right if self._legal(r, OUTPUT)]
         if not correct:
-            report.rejected["tree: no correct path"] += 1
+            reason = "no correct path that the grammar allows" if right else "no correct path"
+            report.rejected[f"tree: {reason}"] += 1
             return []
         best = max(correct, key=lambda r: mean_step_score(r, tree))
         rng = random.Random(seed_of(self.seed, tree.problem.id, "curate"))
         plain = Draft(best, best.steps, 0, 0, best.steps, None, rng.random() < self.verify_share)
-        near = [r for r in wrong if common(r, best) / len(r.nodes) >= self.alpha]
+        near = [r for r in wrong if self._legal(r, VERIFY) and common(r, best) / len(r.nodes) >= self.alpha]
         if not near:
             report.rejected["merged: no wrong path that shares enough"] += 1
             return [plain]
@@ -147,6 +156,12 @@ class Curator:
         shared = common(worst, best)
         merged = Draft(best, worst.steps, len(worst.steps), shared, best.steps, worst, rng.random() < self.verify_share)
         return [plain, merged]
+
+    def _ended(self, tree: Tree, status: Status) -> list[Rollout]:
+        return [r for r in tree.rollouts() if r.complete and r.score and r.score.verdict.status is status]
+
+    def _legal(self, rollout: Rollout, following: str) -> bool:
+        return self.table.is_legal([*(step.tag for step in rollout.steps), following])
 
     # -- cross-verification ----------------------------------------------------------------------------------------------
 
@@ -187,8 +202,9 @@ class Curator:
     def _continue(self, draft: Draft, text: str, ending: bool) -> tuple[Step, ...]:
         if ending:
             return (*draft.steps, Step(VERIFY, text))
-        onward = draft.correct[draft.shared :]
-        first = next((i for i, step in enumerate(onward) if step.tag not in self.preparing), len(onward) - 1)
+        onward, taken = draft.correct[draft.shared :], draft.steps[draft.shared : draft.wrong]
+        changes = (i for i, step in enumerate(onward) if step.tag not in self.preparing and step not in taken)
+        first = next(changes, len(onward) - 1)
         return (*draft.steps, Step(VERIFY, text), Step(REFINE, onward[first].text), *onward[first + 1 :])
 
     # -- writing ---------------------------------------------------------------------------------------------------------

@@ -249,4 +249,6 @@ def _read(folder: str | Path, kind: str, parse: Callable[[Mapping[str, Any]], Re
                 yield parse({key: value for key, value in record.items() if key != "id"})
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
                 reason = f"{type(error).__name__}: {error}"
-                raise UserError(f"{path}, line {number}: not one of {kind} ({reason}); delete the line or the store") from error
+                raise UserError(
+                    f"{path}, line {number}: not one of {kind} ({reason}); delete the line or the store"
+                ) from error

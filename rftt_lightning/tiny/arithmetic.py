@@ -244,7 +244,10 @@ def _grow(rng: random.Random, count: int, largest: int) -> tuple[str, ...]:
     sign = rng.choice("+-*")
     split = rng.randrange(count)
     for _ in range(50):
-        left, right = _grow(rng, split, largest), _grow(rng, count - 1 - split, min(largest, 9) if sign == "*" else largest)
+        left, right = (
+            _grow(rng, split, largest),
+            _grow(rng, count - 1 - split, min(largest, 9) if sign == "*" else largest),
+        )
         whole = (*_bracket(left, sign, False), sign, *_bracket(right, sign, True))
         if value_of(whole) is not None:
             break
@@ -258,7 +261,9 @@ def _bracket(part: tuple[str, ...], sign: str, is_right: bool) -> tuple[str, ...
         depth += (token == "(") - (token == ")")
         if depth == 0 and token in ("+", "-", "*"):
             loosest = token if token != "*" else loosest or "*"
-    needed = loosest and ((sign == "*" and (loosest != "*" or is_right)) or (sign in "+-" and is_right and loosest != "*"))
+    needed = loosest and (
+        (sign == "*" and (loosest != "*" or is_right)) or (sign in "+-" and is_right and loosest != "*")
+    )
     return ("(", *part, ")") if needed else part
 
 
@@ -266,7 +271,12 @@ def _bracket(part: tuple[str, ...], sign: str, is_right: bool) -> tuple[str, ...
 
 
 def document(
-    problem: Problem, rng: random.Random, checks: float = 0.75, mends: float = 0.7, whole: float = 0.3, slip: float = SLIP
+    problem: Problem,
+    rng: random.Random,
+    checks: float = 0.75,
+    mends: float = 0.7,
+    whole: float = 0.3,
+    slip: float = SLIP,
 ) -> list[Step]:
     """A solution whose quick results forget a carry or borrow with probability ``slip``, but never so that the rest would
     leave 0..99.

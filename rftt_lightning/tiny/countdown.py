@@ -102,14 +102,15 @@ class CountdownAttempt(Attempt):
         return self.take(equation) and rest == " ".join(map(str, self.left))
 
     def refine(self, text: str) -> bool:
-        """Go back to the step at which as many numbers were left as this one needs, and take it instead."""
+        """Go back to the step at which as many numbers were left as this one needs, and take it instead; to do again what was
+        done is wrong."""
         equations, _, rest = text.partition(" ; ")
         needed = 1 + (len(rest.split()) if rest else len(equations.split(" , ")))
         for index, (before, old, _) in enumerate(self.history):
             if len(before) == needed:
+                done = old if rest else " , ".join(equation for _, equation, _ in self.history[index:])
                 del self.history[index:]
-                fresh = old != equations.split(" , ")[0]
-                return (self.step(text) if rest else self.answer(text)) and fresh
+                return (self.step(text) if rest else self.answer(text)) and equations != done
         return False
 
     def answer(self, text: str) -> bool:
@@ -179,7 +180,10 @@ class Countdown(World):
 
 # -- documents from which the base model learns --------------------------------------------------------------------------
 
-def document(problem: Problem, rng: random.Random, checks: float = 0.75, mends: float = 0.7, whole: float = 0.3) -> list[Step]:
+
+def document(
+    problem: Problem, rng: random.Random, checks: float = 0.75, mends: float = 0.7, whole: float = 0.3
+) -> list[Step]:
     """A correct-in-every-step but aimless solution: uniformly random legal choices, no knowledge of the solution.
 
     A finished attempt is verified with probability ``checks``; one found wrong is refined with probability ``mends``, up to
@@ -194,7 +198,9 @@ def document(problem: Problem, rng: random.Random, checks: float = 0.75, mends: 
             tag = rng.choice(AFTER[tag])
             if tag in ("clarify", "analyze"):
                 gaps = " ".join(str(abs(target - n)) for n in state)
-                steps.append(Step(tag, gaps if tag == "analyze" else f"{' '.join(map(str, sorted(numbers)))} ; {target}"))
+                steps.append(
+                    Step(tag, gaps if tag == "analyze" else f"{' '.join(map(str, sorted(numbers)))} ; {target}")
+                )
             elif tag == "subquestion":
                 move = rng.choice(moves(state))
                 pair = sorted((move.left, move.right))

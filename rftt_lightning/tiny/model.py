@@ -36,7 +36,9 @@ def build_tokenizer(words: Iterable[str], numbers: int = 100) -> PreTrainedToken
     return fast
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, hidden: int = 128, layers: int = 3) -> LlamaForCausalLM:
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int = 0, hidden: int = 128, layers: int = 3
+) -> LlamaForCausalLM:
     """A randomly initialised Llama with tied embeddings for this tokenizer.
 
     Not a Qwen2: Transformers 5 loads every tokenizer beside a ``qwen2`` config as byte-level BPE, whatever was saved.

@@ -73,7 +73,15 @@ class RLTrainer:
         precision: str = "32-true",
         callbacks: list[Any] | None = None,
     ) -> None:
-        for name in ("max_steps", "mini_batches", "epochs", "micro_batch", "validate_every", "checkpoint_every", "keep"):
+        for name in (
+            "max_steps",
+            "mini_batches",
+            "epochs",
+            "micro_batch",
+            "validate_every",
+            "checkpoint_every",
+            "keep",
+        ):
             if locals()[name] < 1:
                 raise UserError(f"trainer.{name} is {locals()[name]}; it must be at least 1")
         self.expander, self.reward, self.greedy, self.out = expander, reward, greedy, Path(out)
@@ -176,7 +184,9 @@ class RLTrainer:
         times = [time.monotonic()]
         progress = driver.Progress()
         problems = data.batch(step)[self.fabric.global_rank :: self.fabric.world_size]
-        trees = self._grow(problems, self.expander, self.reward, backend, data.train, seed_of(self.seed, step), progress)
+        trees = self._grow(
+            problems, self.expander, self.reward, backend, data.train, seed_of(self.seed, step), progress
+        )
         rollouts = [rollout for tree in trees for rollout in tree.rollouts()]
         times.append(time.monotonic())
         batch = collate(rollouts, model.vocabulary).to(self.fabric.device)
@@ -223,7 +233,7 @@ class RLTrainer:
             for index in torch.randperm(len(batch)).chunk(self.mini_batches):
                 mini = batch.rows(index.to(batch.tokens_BL.device))
                 denominator = self._sum(model.weights(mini).sum()).clamp(min=1.0)
-                parts = list(mini.split(self.micro_batch))
+                parts = [part for _, part in mini.split(self.micro_batch)]
                 for number, micro in enumerate(parts):
                     with self.fabric.no_backward_sync(module, enabled=number < len(parts) - 1):
                         loss, measured = module(denominator, *micro.columns())
@@ -231,7 +241,9 @@ class RLTrainer:
                         self.fabric.backward(loss * self.fabric.world_size)
                     for name, value in zip(MEASURED, self._sum(measured).tolist(), strict=True):
                         sums[name] += value
-                norm = self.fabric.clip_gradients(module, optimizer, max_norm=self.gradient_clip, error_if_nonfinite=False)
+                norm = self.fabric.clip_gradients(
+                    module, optimizer, max_norm=self.gradient_clip, error_if_nonfinite=False
+                )
                 if not torch.isfinite(norm):
                     raise UserError(f"step {step}: the gradient is not finite, nothing was updated; lower model.lr")
                 optimizer.step()
@@ -247,7 +259,9 @@ class RLTrainer:
         accuracy = Accuracy.of(int(self._sum(torch.tensor(float(right)))), int(n))
         tokens = self._sum(batch.mask_BT.sum())
         kl = self._sum(((batch.old_BT - batch.reference_BT) * batch.mask_BT).sum()) / tokens
-        gap = ((batch.old_BT - batch.behaviour_BT).abs() * (batch.provenance_BT == int(Provenance.SAMPLED)) * batch.mask_BT)
+        gap = (
+            (batch.old_BT - batch.behaviour_BT).abs() * (batch.provenance_BT == int(Provenance.SAMPLED)) * batch.mask_BT
+        )
         seconds = times[-1] - times[0]
         metrics = {
             "reward": float(self._sum(batch.rewards_BT.sum()) / n),
@@ -328,7 +342,12 @@ class RLTrainer:
         folder = self.out / "checkpoints"
         folder.mkdir(exist_ok=True)
         path, temporary = folder / f"step-{steps:06d}.pt", folder / "writing.tmp"
-        state = {"steps": steps, "seed": self.seed, "model": model.model.state_dict(), "optimizer": optimizer.state_dict()}
+        state = {
+            "steps": steps,
+            "seed": self.seed,
+            "model": model.model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
         torch.save(state, temporary)
         temporary.replace(path)
         for old in sorted(folder.glob("step-*.pt"))[: -self.keep]:
@@ -351,7 +370,11 @@ class RLTrainer:
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
             if metrics.exists():
-                lines = [x for x in metrics.read_text().splitlines() if x.endswith("}") and json.loads(x)["step"] < state["steps"]]
+                lines = [
+                    x
+                    for x in metrics.read_text().splitlines()
+                    if x.endswith("}") and json.loads(x)["step"] < state["steps"]
+                ]
                 metrics.write_text("".join(line + "\n" for line in lines))
         return int(state["steps"])
 

@@ -31,7 +31,9 @@ class ProblemDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         if not 1 <= batch_size <= len(train.problems()):
-            raise UserError(f"data.batch_size is {batch_size}; it must be in 1..{len(train.problems())}, the train problems")
+            raise UserError(
+                f"data.batch_size is {batch_size}; it must be in 1..{len(train.problems())}, the train problems"
+            )
         refuse_overlap(train.problems(), validation.problems(), allow_overlap=allow_overlap)
         self.train, self.validation, self.batch_size, self.seed = train, validation, batch_size, seed
 

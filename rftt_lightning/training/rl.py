@@ -54,9 +54,14 @@ class RLBatch:
     def to(self, device: torch.device) -> RLBatch:
         return RLBatch(*(column.to(device) for column in self.columns()))
 
-    def split(self, rows: int) -> Iterator[RLBatch]:
-        for index in torch.arange(len(self), device=self.tokens_BL.device).split(rows):
-            yield self.rows(index)
+    def split(self, rows: int) -> Iterator[tuple[Tensor, RLBatch]]:
+        """Micro-batches of at most ``rows`` rows of like length, each with the numbers of its rows, and without the columns that
+        are padding in all of them."""
+        length_B, width = last_positions(self.mask_BT) + 1, self.mask_BT.shape[1]
+        for index in length_B.argsort(stable=True).split(rows):
+            spare = width - int(length_B[index].max())
+            part = self.rows(index)
+            yield index, RLBatch(*(c[:, : c.shape[1] - spare] if c.ndim == 2 else c for c in part.columns()))
 
 
 def collate(rollouts: Sequence[Rollout], vocabulary: Vocabulary) -> RLBatch:
@@ -153,8 +158,10 @@ class RLModule(lightning.LightningModule):
     @torch.no_grad()
     def prepare(self, batch: RLBatch, rows: int, reduce: objectives.Reduce = lambda x: x) -> RLBatch:
         """Fill in old and reference log-probs, ``rows`` rows at a time, and the advantages over the global batch."""
-        parts = [self._old_and_reference(part) for part in batch.split(rows)]
-        old_BT, reference_BT = (torch.cat(column) for column in zip(*parts, strict=True))
+        old_BT, reference_BT = torch.zeros_like(batch.mask_BT), torch.zeros_like(batch.mask_BT)
+        for index, part in batch.split(rows):
+            span = slice(part.mask_BT.shape[1])
+            old_BT[index, span], reference_BT[index, span] = self._old_and_reference(part)
         kl_BT = objectives.kl_penalty(old_BT, reference_BT) * batch.mask_BT
         rewards_BT, baseline = batch.rewards_BT, self.hparams.advantage == "reinforce++-baseline"
         if baseline:  # the mean total reward of the problem's rollouts is taken off the last response token

@@ -13,7 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "configs/tiny"
 BASE = resolve("pkg:tiny/checkpoints/countdown")
 SEARCH = ["search", f"--config={TINY / 'search.yaml'}", "--source.init_args.count=2"]
-EVALUATE = ["evaluate", f"--config={TINY / 'evaluate.yaml'}", "--source.init_args.count=2", f"--backend.init_args.model={BASE}"]
+EVALUATE = [
+    "evaluate",
+    f"--config={TINY / 'evaluate.yaml'}",
+    "--source.init_args.count=2",
+    f"--backend.init_args.model={BASE}",
+]
 CURATE = ["curate", f"--config={TINY / 'curate.yaml'}"]
 SFT = ["sft", "fit", f"--config={TINY / 'sft.yaml'}"]
 RL = ["rl", "fit", f"--config={TINY / 'rl.yaml'}", f"--model.model={BASE}"]
@@ -46,7 +51,8 @@ def gsm8k(path: str) -> list[str]:
         ([*SEARCH, "--nonsense=1"], ["nonsense"]),
         ([*SEARCH, "--seed=three"], ["seed"]),
         ([*SEARCH, "--config=@/nowhere.yaml"], ["nowhere.yaml"]),
-        ([*SEARCH, "--config=@/bad.yaml"], ["parsing config"]),
+        ([*SEARCH, "--config=@/bad.yaml"], ["bad.yaml is no YAML", "line 1"]),
+        ([*RL, "--config=@/bad.yaml"], ["bad.yaml is no YAML"]),
         ([*SEARCH, "--backend.init_args.model=@/nothing"], ["nothing", "config.json"]),
         ([*SEARCH, "--backend.init_args.model=@/mixed"], ["mixed", "5000", "vocabulary"]),
         ([*SEARCH, "--out=@/file/below"], ["cannot write", "file"]),
@@ -54,7 +60,10 @@ def gsm8k(path: str) -> list[str]:
         ([*SEARCH, "--source.init_args.split=test", "--out=@/out"], ["overlap"]),
         ([*SEARCH, "--expander.init_args.prompts=@/store", "--out=@/out"], ["prompt"]),
         (["search", f"--config={TINY / 'search.yaml'}", *gsm8k("@/bad.jsonl"), "--out=@/out"], ["bad.jsonl", "2"]),
-        (["search", f"--config={TINY / 'search.yaml'}", *gsm8k("@/empty.jsonl"), "--out=@/out"], ["empty", "no problem"]),
+        (
+            ["search", f"--config={TINY / 'search.yaml'}", *gsm8k("@/empty.jsonl"), "--out=@/out"],
+            ["empty", "no problem"],
+        ),
         ([*CURATE, "--trees=@/nowhere", "--out=@/out"], ["nowhere", "store"]),
         ([*CURATE, "--trees=@/store", "--out=@/out"], ["trajectories", "trees"]),
         ([*CURATE, "--curator.alpha=2", "--trees=@/store", "--out=@/out"], ["alpha"]),

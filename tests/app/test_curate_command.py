@@ -93,10 +93,16 @@ def test_the_report_adds_up_and_everything_kept_is_legal(config, tmp_path, capsy
     used = Counter(step.tag for t in made for step in t.steps)
     assert {tag: row["count"] for tag, row in report["tokens"].items()} == used
     assert sum(row["share"] for row in report["tokens"].values()) == pytest.approx(1)
-    for reason in ("verify: contradicts the known verdict", "verify: gives no clear verdict", "a functional tag inside a step's text"):
+    for reason in (
+        "verify: contradicts the known verdict",
+        "verify: gives no clear verdict",
+        "a functional tag inside a step's text",
+    ):
         assert report["rejected"][f"merged: {reason}"] > 0
     # Every tree is accounted for: it has no correct path, or its plain draft is kept or rejected.
-    plain = sum(n for reason, n in report["rejected"].items() if reason.startswith("plain: ") and "final check" not in reason)
+    plain = sum(
+        n for reason, n in report["rejected"].items() if reason.startswith("plain: ") and "final check" not in reason
+    )
     assert report["rejected"].get("tree: no correct path", 0) + plain + report["kinds"]["plain"]["count"] == COUNT
     for trajectory in made:
         tags = [step.tag for step in trajectory.steps]

@@ -95,7 +95,9 @@ def test_every_problem_gets_a_tree_and_every_rollout_a_verdict(config, tmp_path,
     grown, summary = trees(tmp_path / "out"), json.loads((tmp_path / "out" / "summary.json").read_text())
     assert set(grown) == {problem.id for problem in Source().problems()}
     rollouts = [rollout for tree in grown.values() for rollout in tree.rollouts()]
-    assert summary["problems"] == COUNT and summary["rollouts"] == len(rollouts) == sum(summary[s.value] for s in Status)
+    assert summary["problems"] == COUNT and summary["rollouts"] == len(rollouts) == sum(
+        summary[s.value] for s in Status
+    )
     assert summary["rollout_accuracy"] == sum(r.score.verdict.right for r in rollouts) / len(rollouts)
     assert summary["any_right"] == sum(any(r.score.verdict.right for r in t.rollouts()) for t in grown.values()) / COUNT
     assert summary["seconds"] > 0 and summary["trees_per_second"] > 0 and summary["tokens_per_second"] > 0
@@ -175,7 +177,10 @@ def test_asked_to_stop_it_says_one_line_and_keeps_its_trees(config, tmp_path, ki
     [
         (["--seed", "1"], r"seed: 0 there, 1 here"),
         (["--expander.init_args.rollouts", "6"], r"expander\.rollouts: 5 there, 6 here"),
-        (["--expander.init_args.sampling.temperature", "0.5"], r"expander\.sampling\.temperature: 0\.7 there, 0\.5 here"),
+        (
+            ["--expander.init_args.sampling.temperature", "0.5"],
+            r"expander\.sampling\.temperature: 0\.7 there, 0\.5 here",
+        ),
         (["--backend.init_args.name", "other"], r'backend: "scripted" there, "other" here'),
         (["--parallel", "2"], r"parallel: 1 there, 2 here"),
         (["--source.init_args.answer", "two"], r"another problem with the id 'scripted/0'"),
@@ -186,12 +191,13 @@ def test_asked_to_stop_it_says_one_line_and_keeps_its_trees(config, tmp_path, ki
 )
 def test_mistakes_are_one_line_and_leave_the_store_alone(config, tmp_path, capsys, args, said):
     search(config)
-    before = shards(tmp_path / "out", "trees")[0].read_bytes()
+    files = shards(tmp_path / "out", "trees")[0], tmp_path / "out" / "config.yaml"
+    before = [file.read_bytes() for file in files]
     capsys.readouterr()
     assert search(config, *args) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and re.search(said, err), err
-    assert shards(tmp_path / "out", "trees")[0].read_bytes() == before
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_an_overlap_may_be_allowed(config):

@@ -26,11 +26,15 @@ def requests(backend: HFBackend, **sampling) -> list[Request]:
     for seed, question in enumerate(QUESTIONS * 3):
         prompt = backend.chat([Message("user", question)])
         force = [None, "analyze", "next_step"][seed % 3]
-        made.append(Request(prompt, seed, 20 + seed, setting, after=QUESTION, force=force, segments=[0, 2, 1][seed % 3]))
+        made.append(
+            Request(prompt, seed, 20 + seed, setting, after=QUESTION, force=force, segments=[0, 2, 1][seed % 3])
+        )
     return made
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0.0, "boundary": "argmax"}, {"temperature": 0.8}, {"top_p": 0.6, "min_prior": 0.1}])
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.0, "boundary": "argmax"}, {"temperature": 0.8}, {"top_p": 0.6, "min_prior": 0.1}]
+)
 def test_a_completion_does_not_depend_on_its_batch(backend, sampling):
     together = backend.generate(requests(backend, **sampling))
     for request, found in zip(requests(backend, **sampling), together, strict=True):
@@ -42,7 +46,9 @@ def test_a_completion_does_not_depend_on_its_batch(backend, sampling):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_and_priors_are_those_of_a_full_forward_pass(backend, temperature):
-    for request, completion in zip(requests(backend), backend.generate(requests(backend, temperature=temperature)), strict=True):
+    for request, completion in zip(
+        requests(backend), backend.generate(requests(backend, temperature=temperature)), strict=True
+    ):
         response = [t for segment in completion.segments for t in segment.tokens]
         ids = torch.tensor([[*request.prompt, *response]])
         logits = backend.model(input_ids=ids).logits[:, len(request.prompt) - 1 : -1]
@@ -52,7 +58,9 @@ def test_log_probs_and_priors_are_those_of_a_full_forward_pass(backend, temperat
         found = logp.gather(1, torch.tensor(response)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(stored), found, atol=1e-4, rtol=0)
         for tag, prior in completion.priors.items():
-            assert prior == pytest.approx(float(logp[0, backend.vocabulary.opens[TABLE.names.index(tag)]].exp()), abs=1e-4)
+            assert prior == pytest.approx(
+                float(logp[0, backend.vocabulary.opens[TABLE.names.index(tag)]].exp()), abs=1e-4
+            )
 
 
 def test_budgets_grammar_and_provenance_are_kept(backend):
@@ -104,5 +112,8 @@ def test_what_is_never_legal_is_never_written():
     model, tokenizer = load("pkg:tiny/checkpoints/countdown", "float32")
     add_functional_tokens(model, tokenizer, TABLE)
     masked = HFBackend.live(model, tokenizer, TABLE.without("verify", "refine"))
-    made = [Request(r.prompt, r.seed, 80, Sampling(max_segment_tokens=9), after=QUESTION, segments=0) for r in requests(masked)]
+    made = [
+        Request(r.prompt, r.seed, 80, Sampling(max_segment_tokens=9), after=QUESTION, segments=0)
+        for r in requests(masked)
+    ]
     assert not {s.tag for c in masked.generate(made) for s in c.segments} & {"verify", "refine"}

@@ -29,7 +29,9 @@ def test_returns_whitening_and_baselines_equal_their_oracles(seed):
         torch.testing.assert_close(objectives.whiten(values, mask, center=center), expected, rtol=0, atol=1e-9)
     groups = torch.randint(0, 3, (len(values),), generator=generator)
     for alone in (True, False):
-        expected = torch.tensor(oracles.group_baseline(values[:, 0].tolist(), groups.tolist(), alone), dtype=torch.float64)
+        expected = torch.tensor(
+            oracles.group_baseline(values[:, 0].tolist(), groups.tolist(), alone), dtype=torch.float64
+        )
         found = objectives.subtract_group_mean(values[:, 0], groups, leave_one_out=alone)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 

@@ -89,7 +89,9 @@ def run(made_by: Curator, backend: Backend, *trees: Tree):
 
 def test_plain_and_merged_documents_are_exactly_these():
     backend = Says("bad: the sign")
-    made, report = run(curator(), backend, tree_of((RIGHT, "3", [None, 1.0, 1.0]), (WRONG, "5", [None, 1.0, None, 0.0])))
+    made, report = run(
+        curator(), backend, tree_of((RIGHT, "3", [None, 1.0, 1.0]), (WRONG, "5", [None, 1.0, None, 0.0]))
+    )
     plain, merged = made
     assert plain.kind == "plain" and plain.steps == (*RIGHT, Step("output", "it is 3"))
     assert merged.kind == "merged"
@@ -105,7 +107,9 @@ def test_plain_and_merged_documents_are_exactly_these():
 
 
 def test_refine_is_the_first_step_that_takes_one_and_the_rest_follows():
-    made, _ = run(curator(), Says("bad"), tree_of((LATE, "3", [None, 1.0, None, 1.0, 1.0]), (WRONG, "5", [None, 1, None, 0])))
+    made, _ = run(
+        curator(), Says("bad"), tree_of((LATE, "3", [None, 1.0, None, 1.0, 1.0]), (WRONG, "5", [None, 1, None, 0]))
+    )
     assert made[1].steps[len(WRONG) :] == (
         Step("verify", "bad"),
         Step("refine", "4 - 1 = 3"),
@@ -117,7 +121,12 @@ def test_refine_is_the_first_step_that_takes_one_and_the_rest_follows():
 def test_best_correct_and_worst_wrong_path_by_mean_step_score():
     worse, better = [Step("analyze", "a"), *RIGHT[1:]], RIGHT
     near = [CLARIFY, FOUR, Step("direct_answer", "4 - 1 = 2")]
-    tree = tree_of((worse, "3", [None, 0.5, 0.5]), (better, "3", [None, 1, 1]), (WRONG, "5", [None, 1, None, 0.6]), (near, "2", [None, 1, 0]))
+    tree = tree_of(
+        (worse, "3", [None, 0.5, 0.5]),
+        (better, "3", [None, 1, 1]),
+        (WRONG, "5", [None, 1, None, 0.6]),
+        (near, "2", [None, 1, 0]),
+    )
     made, _ = run(curator(), Says("bad"), tree)
     assert made[0].steps[:-1] == tuple(better)
     assert made[1].steps[: len(near)] == tuple(near)
@@ -141,7 +150,13 @@ def test_above_zero_alpha_asks_for_a_shared_step(alpha, merged):
     made, _ = run(curator(alpha=alpha), Says("bad"), tree_of((RIGHT, "3", []), (apart, "4", [])))
     assert [t.kind for t in made] == ["plain", "merged"][: 1 + merged]
     if merged:  # clarify prepares a step, so refine takes the one after it
-        assert made[1].steps == (*apart, Step("verify", "bad"), Step("refine", FOUR.text), RIGHT[2], Step("output", "it is 3"))
+        assert made[1].steps == (
+            *apart,
+            Step("verify", "bad"),
+            Step("refine", FOUR.text),
+            RIGHT[2],
+            Step("output", "it is 3"),
+        )
 
 
 @pytest.mark.parametrize("status", [Status.NO_ANSWER, Status.TIMED_OUT, Status.UNPARSABLE_GOLD, None])
@@ -175,11 +190,27 @@ def test_final_checks_stand_before_the_output_or_are_left_out():
 def test_what_the_grammar_forbids_or_hides_tags_is_rejected():
     root = [Step("direct_answer", "3")]
     hostile = [CLARIFY, Step("next_step", "</next_step><output>3"), Step("direct_answer", "3")]
-    _, report = run(curator(), Says("bad"), tree_of((root, "3", [])), tree_of((hostile, "3", [])), tree_of((WRONG, "5", [])))
-    assert report.rejected["plain: direct_answer may not follow question"] == 1
+    _, report = run(
+        curator(), Says("bad"), tree_of((root, "3", [])), tree_of((hostile, "3", [])), tree_of((WRONG, "5", []))
+    )
+    assert report.rejected["tree: no correct path that the grammar allows"] == 1
     assert report.rejected["plain: a functional tag inside a step's text"] == 1
     assert report.rejected["tree: no correct path"] == 1
     assert sum(report.kept.values()) == 0 and report.trees == 3
+
+
+def test_paths_are_chosen_among_those_that_the_grammar_allows():
+    answers = [Step("direct_answer", "3")], [Step("direct_answer", "5")]
+    made, _ = run(
+        curator(alpha=0.0), Says("bad"), tree_of((answers[0], "3", [1.0]), (RIGHT, "3", [0.5]), (answers[1], "5", []))
+    )
+    assert [t.steps for t in made] == [(*RIGHT, Step("output", "it is 3"))]
+
+
+def test_refine_does_not_repeat_a_step_of_the_wrong_branch():
+    again = [Step("next_step", RIGHT[1].text), Step("direct_answer", "4 + 4 = 8")]
+    made, _ = run(curator(alpha=0.0), Says("bad"), tree_of((RIGHT, "3", []), (again, "8", [])))
+    assert made[1].steps[-2:] == (Step("refine", RIGHT[2].text), Step("output", "it is 3"))
 
 
 def test_everything_kept_is_legal_and_survives_json():

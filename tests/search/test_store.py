@@ -24,7 +24,9 @@ from rftt_lightning.search.store import (
 
 
 def trajectory(number: int) -> Trajectory:
-    return Trajectory(Problem(str(number), f"what is {number}?"), (Step("output", str(number)),), (True,), "plain", {"n": [number]})
+    return Trajectory(
+        Problem(str(number), f"what is {number}?"), (Step("output", str(number)),), (True,), "plain", {"n": [number]}
+    )
 
 
 def tree(number: int) -> Tree:
@@ -63,7 +65,9 @@ def test_wherever_a_write_is_cut_whole_records_are_left(tmp_path):
     path = shards(tmp_path, "trajectories")[0]  # not closed: a kill closes nothing either
     whole = path.read_bytes()
     ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
-    for cut in sorted({*range(0, len(whole), 23), *(end + d for end in ends for d in (-2, -1, 0, 1))} - {len(whole), len(whole) + 1}):
+    for cut in sorted(
+        {*range(0, len(whole), 23), *(end + d for end in ends for d in (-2, -1, 0, 1))} - {len(whole), len(whole) + 1}
+    ):
         path.write_bytes(whole[:cut])
         known = whole[:cut].count(b"\n")
         assert list(read_trajectories(tmp_path)) == made[:known]
@@ -86,7 +90,9 @@ def test_the_manifest_says_where_the_records_come_from(tmp_path):
 
 def test_other_settings_are_refused_and_named(tmp_path):
     Store(tmp_path, "trees", {"seed": 1, "expander": {"c": 2.0, "rollouts": 8}}).close()
-    with pytest.raises(UserError, match=r"\(seed: 1 there, 2 here, expander\.c: 2\.0 there, 1\.0 here\).*--overwrite") as error:
+    with pytest.raises(
+        UserError, match=r"\(seed: 1 there, 2 here, expander\.c: 2\.0 there, 1\.0 here\).*--overwrite"
+    ) as error:
         Store(tmp_path, "trees", {"seed": 2, "expander": {"c": 1.0, "rollouts": 8}})
     assert "\n" not in str(error.value)
     Store(tmp_path, "trees", {"seed": 2}, overwrite=True).close()

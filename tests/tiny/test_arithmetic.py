@@ -94,7 +94,10 @@ def test_quick_carries_are_wrong_as_often_as_promised():
     assert 0.36 < right / 2000 < 0.44
 
 
-@given(st.lists(st.sampled_from(["next_step", "direct_answer", "verify", "refine", "output", "clarify"]), max_size=6), st.data())
+@given(
+    st.lists(st.sampled_from(["next_step", "direct_answer", "verify", "refine", "output", "clarify"]), max_size=6),
+    st.data(),
+)
 def test_nothing_that_a_model_may_write_raises(tags, data):
     pieces = st.lists(st.sampled_from("0 1 2 5 9 + - * = , ; : ( ) ok wrong < > x".split()), max_size=12).map(" ".join)
     steps = [Step(tag, data.draw(pieces)) for tag in tags]

@@ -95,13 +95,22 @@ def test_steps_are_scored_as_they_are():
         Step("output", "3 * 7 = 21 , 21 - 12 = 9"),
     ]
     assert source.check_steps(problem, steps) == [None] + [1.0] * 7
-    for index, text in [(1, "3 + 7 = 11 ; 12 11"), (2, "12 - 9 = 3 ; 3"), (3, "2 , 9 ; ok"), (7, "12 - 3 = 9"), (4, "hm")]:
+    for index, text in [
+        (1, "3 + 7 = 11 ; 12 11"),
+        (2, "12 - 9 = 3 ; 3"),
+        (3, "2 , 9 ; ok"),
+        (7, "12 - 3 = 9"),
+        (4, "hm"),
+    ]:
         broken = [*steps[:index], Step(steps[index].tag, text), *steps[index + 1 :]]
         assert source.check_steps(problem, broken)[index] == 0.0
     assert source.judge(problem, TABLE.render(steps[:-1])).answer == steps[-1].text
 
 
-@pytest.mark.parametrize("settings", [{"split": "tests"}, {"count": 0}, {"start": -1}, {"numbers": 1}, {"numbers": 2, "largest": 3, "count": 500}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"split": "tests"}, {"count": 0}, {"start": -1}, {"numbers": 1}, {"numbers": 2, "largest": 3, "count": 500}],
+)
 def test_settings_out_of_range_are_one_line(settings):
     with pytest.raises(UserError) as error:
         Countdown(**settings).problems()
@@ -118,5 +127,7 @@ def test_the_base_loads_and_reads_every_word_back():
     rows = model.get_input_embeddings().weight.shape[0]
     fresh = add_functional_tokens(model, tokenizer, TABLE)
     assert len(fresh) == 16 and model.get_input_embeddings().weight.shape[0] == rows  # spare rows were used
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "1 2"}], add_generation_prompt=True, tokenize=False)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1 2"}], add_generation_prompt=True, tokenize=False
+    )
     assert chat == "<|user|>1 2<|end|><|assistant|>"

@@ -20,7 +20,16 @@ def fit(out: Path, *more: str) -> int:
     small = ["--data.train.init_args.count=40", "--data.validation.init_args.count=8", "--data.batch_size=4"]
     sizes = ["--trainer.max_steps=4", "--trainer.checkpoint_every=1", "--trainer.validate_every=2"]
     rollouts = ["--trainer.expander.init_args.rollouts=3", "--trainer.expander.init_args.max_tokens=48"]
-    args = ["rl", "fit", f"--config={CONFIG}", f"--model.model={BASE}", f"--trainer.out={out}", *small, *sizes, *rollouts]
+    args = [
+        "rl",
+        "fit",
+        f"--config={CONFIG}",
+        f"--model.model={BASE}",
+        f"--trainer.out={out}",
+        *small,
+        *sizes,
+        *rollouts,
+    ]
     return main([*args, *more])
 
 
@@ -153,7 +162,7 @@ def test_loss_over_micro_batches_is_the_loss_of_the_batch(module):
     batch = module.prepare(collate(rollouts(module), module.vocabulary), rows=4)
     denominator = module.weights(batch).sum()
     whole, _ = module(denominator, *batch.columns())
-    parts = sum(module(denominator, *part.columns())[0] for part in batch.split(1))
+    parts = sum(module(denominator, *part.columns())[0] for _, part in batch.split(1))
     torch.testing.assert_close(parts, whole)
 
 

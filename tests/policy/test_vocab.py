@@ -1,0 +1,112 @@
+"""Functional tokens become single rows of any vocabulary, which start apart and survive saving."""
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rftt_lightning.core.contracts import QUESTION, UserError
+from rftt_lightning.core.tokens import TokenTable
+from rftt_lightning.policy.hf import HFBackend
+from rftt_lightning.policy.vocab import Vocabulary, add_functional_tokens, check_round_trip, load
+from rftt_lightning.tiny.model import build_tokenizer
+
+TABLE = TokenTable.from_yaml()
+WORDS = "solve check step combine ok wrong the question answer".split()
+
+
+def build(tied: bool, spare: int):
+    """A random model whose embedding has ``spare`` rows that no token of its tokenizer uses."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(WORDS, 20)
+    size = len(tokenizer) + spare
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=size, tie_word_embeddings=tied, **shape)), tokenizer
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("spare, rows_after", [(0, 16), (5, 16), (16, 16), (40, 40)])
+def test_rows_are_added_only_where_spare_ones_do_not_suffice(tied, spare, rows_after):
+    model, tokenizer = build(tied, spare)
+    known = len(tokenizer)
+    heads = [model.get_input_embeddings(), model.get_output_embeddings()]
+    before = [head.weight[:known].clone() for head in heads]
+    assert len(add_functional_tokens(model, tokenizer, TABLE)) == 16
+    after = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    assert [len(weight) for weight in after] == [
+        known + rows_after
+    ] * 2 and model.config.vocab_size == known + rows_after
+    assert (after[0].data_ptr() == after[1].data_ptr()) == tied
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old, new[:known])
+    assert add_functional_tokens(model, tokenizer, TABLE) == [] and len(after[0]) == known + rows_after
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_start_apart_unless_asked_otherwise(tied):
+    def closest(init: str) -> float:
+        model, tokenizer = build(tied, 3)
+        ids = add_functional_tokens(model, tokenizer, TABLE, init)
+        worst = -1.0
+        for head in (model.get_input_embeddings(), model.get_output_embeddings()):
+            rows = normalize(head.weight.detach()[ids], dim=1)
+            worst = max(worst, float((rows @ rows.T - 2 * torch.eye(len(ids))).max()))
+        return worst
+
+    assert closest("mean") > 0.999
+    assert closest("description") < 0.97 and closest("random") < 0.97
+
+
+def test_tags_survive_saving_and_the_chat_template(tmp_path):
+    model, tokenizer = build(True, 0)
+    ids = add_functional_tokens(model, tokenizer, TABLE)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, reloaded = load(str(tmp_path), "float32")
+    assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    text = "".join(TABLE.tags)
+    chat = [{"role": "user", "content": text}]
+    (start, *inside, _) = reloaded.apply_chat_template(chat, return_dict=False)
+    assert reloaded.decode([start]) == "<|user|>" and sorted(inside) == sorted(ids)
+    assert "".join(reloaded.convert_ids_to_tokens(inside)) == text
+
+
+def test_a_tokenizer_without_the_tags_is_refused():
+    _, tokenizer = build(True, 0)
+    with pytest.raises(UserError, match="no functional token <clarify>"):
+        check_round_trip(tokenizer, TABLE)
+    with pytest.raises(UserError, match="init is 'zeros'"):
+        add_functional_tokens(*build(True, 0), TABLE, "zeros")
+
+
+@pytest.mark.parametrize("spare", [0, 40])
+def test_the_mask_is_the_grammar(spare):
+    """At a boundary exactly the opening tags of the legal followers; inside a segment its own closing tag and ordinary
+    tokens; special tokens and spare rows never."""
+    model, tokenizer = build(True, spare)
+    add_functional_tokens(model, tokenizer, TABLE)
+    width = len(model.get_input_embeddings().weight)
+    vocabulary = Vocabulary(tokenizer, TABLE, width)
+    known = tokenizer.get_vocab()
+    ordinary = {known[word] for word in WORDS} | {known["\n"]} | {known[str(n)] for n in range(20)}
+
+    def allowed(state: int) -> set[int]:
+        return set(vocabulary.allowed_SV[state].nonzero()[:, 0].tolist())
+
+    for after in (QUESTION, *TABLE.names):
+        assert allowed(vocabulary.boundary(after)) == {known[f"<{tag}>"] for tag in TABLE.legal(after)}
+    for i, name in enumerate(TABLE.names):
+        assert allowed(1 + i) == ordinary | {known[f"</{name}>"]}
+    assert allowed(0) == ordinary
+
+
+def test_two_trainings_in_one_folder_have_two_names(tmp_path):
+    model, tokenizer = build(True, 0)
+    tokenizer.save_pretrained(tmp_path)
+    names = []
+    for shift in (0.0, 0.0, 1e-3):
+        with torch.no_grad():
+            model.model.norm.weight += shift
+        model.save_pretrained(tmp_path)
+        names.append(HFBackend(str(tmp_path), dtype="float32", device="cpu").name)
+    assert names[0] == names[1] != names[2]
