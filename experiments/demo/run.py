@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from rftt_lightning.search.vote import Accuracy
 
-BASE = "pkg:tiny/checkpoints/countdown"
 ARMS = {
     "base": "base model, chain of thought",
     "sft": "SFT warm-up",
@@ -46,7 +46,7 @@ class Stage:
 
 
 def stages(out: Path, seed: int, world: Path, short: int) -> list[Stage]:
-    """The demo as a list of commands, the longest chain first. ``short``: steps of the two control arms."""
+    """The demo as a list of commands, the longest chain first. ``short``: steps of RL without warm-up."""
 
     def command(name: str, *args: object, config: str = "") -> tuple[str, ...]:
         return (*name.split(), "--config", str(world / f"{config or name.split()[0]}.yaml"), *map(str, args))
@@ -59,6 +59,7 @@ def stages(out: Path, seed: int, world: Path, short: int) -> list[Stage]:
         where = ("--backend.init_args.model", model, "--out", out / f"evaluate_{arm}", "--seed", seed)
         return Stage(f"evaluate_{arm}", command("evaluate", *where, *args), needs)
 
+    start = yaml.safe_load((world / "search.yaml").read_text())["backend"]["init_args"]["model"]
     alone, seeded = ("--search", "null"), ("--seed_everything", seed)
     sft, rl = out / "sft" / "hf", out / "rl" / "hf"
     base = command("evaluate", "--out", out / "evaluate_base", "--seed", seed, config="evaluate_cot")
@@ -73,27 +74,31 @@ def stages(out: Path, seed: int, world: Path, short: int) -> list[Stage]:
         fit("rl", sft, ("sft",)),
         rate("rl", rl, ("rl",)),
         rate("rl_masked", rl, ("rl",), "--backend.init_args.mask", '["verify","refine"]', *alone),
-        fit("rl_no_warmup", BASE, (), "--trainer.max_steps", short),
+        fit("rl_no_warmup", start, (), "--trainer.max_steps", short),
         rate("rl_no_warmup", out / "rl_no_warmup" / "hf", ("rl_no_warmup",), *alone),
         Stage("evaluate_base", base),
         rate("sft", sft, ("sft",), *alone),
-        fit("sampling", sft, ("sft",), "--trainer.max_steps", short, "--trainer.expander.init_args.mode", "sample"),
+        fit("sampling", sft, ("sft",), "--trainer.expander.init_args.mode", "sample", "--trainer.parallel", 8),
         rate("sampling", out / "sampling" / "hf", ("sampling",), *alone),
     ]
 
 
 class Demo:
-    """Runs stages whose needs are met, ``lanes`` at a time, one thread each; keeps seconds of finished ones in a file."""
+    """Runs stages whose needs are met, ``lanes`` at a time, one thread each; keeps the seconds of finished ones, and of all runs
+    of the demo together, in a file."""
 
     def __init__(self, out: Path, stages: list[Stage], lanes: int) -> None:
         self.out, self.stages, self.lanes = out, stages, lanes
         self.record = out / "stages.json"
-        self.done: dict[str, float] = json.loads(self.record.read_text()) if self.record.exists() else {}
+        known = json.loads(self.record.read_text()) if self.record.exists() else {"seconds": {}, "total": 0.0}
+        self.done: dict[str, float] = known["seconds"]
+        self.total: float = known["total"]
         self.began: dict[str, float] = {}
         (out / "logs").mkdir(parents=True, exist_ok=True)
 
     def run(self) -> None:
         running: dict[Future[None], Stage] = {}
+        earlier, start = self.total, time.monotonic()
         with (
             ThreadPoolExecutor(self.lanes) as pool,
             Live(self.picture(), refresh_per_second=1, get_renderable=self.picture),
@@ -106,7 +111,8 @@ class Demo:
                     stage = running.pop(future)
                     future.result()
                     self.done[stage.name] = round(time.monotonic() - self.began[stage.name], 1)
-                    self.record.write_text(json.dumps(self.done, indent=2) + "\n")
+                    self.total = round(earlier + time.monotonic() - start, 1)
+                    self.record.write_text(json.dumps({"seconds": self.done, "total": self.total}, indent=2) + "\n")
 
     def ready(self, running: list[str]) -> list[Stage]:
         waiting = [s for s in self.stages if s.name not in self.done and s.name not in running]
@@ -149,21 +155,19 @@ def last_line(log: Path) -> str:
     return next((line.strip()[:80] for line in reversed(lines) if line.strip()), "")
 
 
-def gather(out: Path, seconds: dict[str, float], total: float) -> dict[str, Any]:
+def gather(out: Path, demo: Demo) -> dict[str, Any]:
     """``results.json`` of the whole demo from those of its evaluations."""
     parts = {arm: json.loads((out / f"evaluate_{arm}" / "results.json").read_text()) for arm in ARMS}
     results: dict[str, Any] = {arm: part["greedy"] for arm, part in parts.items()}
     results["rollouts"] = {n: row["majority"] for n, row in parts["rl"]["rollouts"].items()}
-    results["seconds"] = {**seconds, "total": round(total, 1)}
+    results["seconds"] = {**demo.done, "total": demo.total}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 
 def show(results: dict[str, Any], out: Path, short: int) -> None:
     console = Console(width=118)
-    table = Table(
-        title=f"countdown, {results['base']['n']} fresh test problems, greedy answers, accuracy in % [95 % interval]"
-    )
+    table = Table(title=f"{results['base']['n']} fresh test problems, greedy answers, accuracy in % [95 % interval]")
     for column in ("", "accuracy", "tokens", "verify", "refine", "wrong→right", "right→wrong"):
         table.add_column(column, justify="left" if not column else "right")
     for arm, title in ARMS.items():
@@ -171,7 +175,7 @@ def show(results: dict[str, Any], out: Path, short: int) -> None:
         use = row["functional_tokens_per_answer"]
         cells = f"{row['tokens_per_problem']:.0f}", f"{use['verify']:.2f}", f"{use['refine']:.2f}"
         repairs = f"{100 * row['wrong_to_right']:.1f} %", f"{100 * row['right_to_wrong']:.1f} %"
-        table.add_row(title + (" *" if arm in ("rl_no_warmup", "sampling") else ""), _cell(row), *cells, *repairs)
+        table.add_row(title + (" *" if arm == "rl_no_warmup" else ""), _cell(row), *cells, *repairs)
     console.print(table)
     console.print(f"* trained for {short} steps only, to keep the demo short")
     curve = Table(title="RL model, majority vote of n rollouts by tree search")
@@ -202,7 +206,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", type=Path, default=Path("configs/tiny"), help="folder with the configs")
-    parser.add_argument("--short", type=int, default=20, help="RL steps of the two control arms")
+    parser.add_argument("--short", type=int, default=20, help="steps of RL without warm-up")
     parser.add_argument("--lanes", type=int, default=2, help="stages side by side, one thread each")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     options = parser.parse_args()
@@ -210,10 +214,9 @@ def main() -> None:
     if options.list:
         print("\n".join(shlex.join(["rftt", *stage.args]) for stage in plan))
         return
-    began = time.monotonic()
     demo = Demo(options.out, plan, options.lanes)
     demo.run()
-    show(gather(options.out, demo.done, time.monotonic() - began), options.out, options.short)
+    show(gather(options.out, demo), options.out, options.short)
 
 
 if __name__ == "__main__":

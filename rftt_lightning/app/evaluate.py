@@ -167,7 +167,7 @@ def _table(results: dict[str, Any]) -> str:
         table.add_row("greedy", _cell(row), "", "", "", *_costs(row))
     for n, row in results.get("rollouts", {}).items():
         table.add_row(f"{n} rollouts", *(_cell(row[name]) for name in (*VOTES, "any")), *_costs(row))
-    console = Console(width=110, record=True, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115
+    console = Console(width=140, record=True, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115
     console.print(table)
     return console.export_text()
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rftt_lightning.core.contracts import ProblemSource, Reward, Rollout, Score, Status, Verdict
+from rftt_lightning.core.contracts import ProblemSource, Reward, Rollout, Score, Status, UserError, Verdict
 from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 
@@ -55,11 +55,18 @@ class ProcessReward(Reward):
         weight: of a step's score.
         center: what is taken off a score in [0, 1]; None is the mean score of the segments of the same tag among the paths scored
             together, so that a tag's use is neither paid nor punished, only its being right.
+        credit: ``"path"``: scores add up, so that a segment's return holds those of all that follow it (the paper);
+            ``"segment"``: a segment's return is its own score, which neither pays for length nor blames a step for later ones.
+            The rewards are then differences of neighbouring scores: with gamma 1 their sums telescope.
         tokens: functional-token table; None is the paper's.
     """
 
-    def __init__(self, weight: float = 1.0, center: float | None = None, tokens: str | None = None) -> None:
-        self.weight, self.center = weight, center
+    def __init__(
+        self, weight: float = 1.0, center: float | None = None, credit: str = "path", tokens: str | None = None
+    ) -> None:
+        if credit not in ("path", "segment"):
+            raise UserError(f"reward.credit is {credit!r}; use path or segment")
+        self.weight, self.center, self.credit = weight, center, credit
         self.table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
 
     def score(self, source: ProblemSource, rollouts: Sequence[Rollout]) -> list[Score]:
@@ -69,8 +76,10 @@ class ProcessReward(Reward):
         verdicts = judge(source, rollouts, self.table)
         for rollout, steps, verdict in zip(rollouts, checked, verdicts, strict=True):
             pairs = zip(rollout.segments, steps, strict=True)
-            rewards = tuple(0.0 if s is None else self.weight * (s - centers[segment.tag]) for segment, s in pairs)
-            scores.append(Score(verdict, float(verdict.right), rewards, steps))
+            rewards = [0.0 if s is None else self.weight * (s - centers[segment.tag]) for segment, s in pairs]
+            if self.credit == "segment":
+                rewards = [now - later for now, later in zip(rewards, [*rewards[1:], 0.0], strict=True)]
+            scores.append(Score(verdict, float(verdict.right), tuple(rewards), steps))
         return scores
 
     def _centers(self, rollouts: Sequence[Rollout], checked: Sequence[tuple[float | None, ...]]) -> dict[str, float]:

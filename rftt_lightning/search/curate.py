@@ -71,8 +71,8 @@ class Curator:
             threshold, which it gives no value for). At 0 a wrong path may share the question alone, and the merged path goes
             back to the very beginning; anything above 0 asks for a shared step.
         verify_share: share of the documents in which the model also verifies the correct end before the output.
-        preparing: tags that prepare a step without taking one; refine begins at the first step after the fork that is none, and that
-            the wrong branch did not take as well.
+        preparing: tags that prepare a step without taking one; refine begins at the first step after the fork that is none
+            and that the wrong branch did not take as well.
         affirms, denies: regular expressions that tell what a verify text says; exactly one must be found.
         train_wrong_branch: False keeps the wrong steps in the context and out of the loss.
         sampling: how verify texts are drawn; max_tokens caps one.

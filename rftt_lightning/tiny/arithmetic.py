@@ -217,7 +217,8 @@ class Arithmetic(World):
         expression = _expression(rng, count, self.largest)
         text, value = write(expression), value_of(expression)
         name = f"arithmetic/{''.join(expression)}"
-        return name, Problem(name, text, spell(value or 0), level=str(count), data={"expression": list(expression)})
+        key = " ".join(token for token in expression if token not in "()")  # brackets alone do not make another problem
+        return key, Problem(name, text, spell(value or 0), level=str(count), data={"expression": list(expression)})
 
     def plain_answer(self, text: str) -> str:
         last = text.rpartition("=")[2].strip()

@@ -6,7 +6,7 @@ import json
 import shutil
 import signal
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -280,12 +280,27 @@ class RLTrainer:
             "share_update": (times[3] - times[2]) / seconds,
         }
         use = Counter(segment.tag for rollout in rollouts for segment in rollout.segments)
+        checked, correct = self._step_scores(rollouts)
         verdicts = progress.verdicts
         for name in self.expander.table.names:  # type: ignore[attr-defined]
             metrics[f"functional_tokens/{name}"] = float(self._sum(torch.tensor(float(use[name]))) / n)
+            if scored := float(self._sum(torch.tensor(checked[name]))):
+                metrics[f"step_scores/{name}"] = float(self._sum(torch.tensor(correct[name]))) / scored
         for status in Status:
             metrics[f"verdicts/{status.value}"] = float(self._sum(torch.tensor(float(verdicts[status]))))
         return metrics
+
+    @staticmethod
+    def _step_scores(rollouts: Sequence[Rollout]) -> tuple[dict[str, float], dict[str, float]]:
+        """By functional token: how many segments the reward scored, and the sum of their scores."""
+        counts: dict[str, float] = defaultdict(float)
+        sums: dict[str, float] = defaultdict(float)
+        for rollout in rollouts:
+            for segment, score in zip(rollout.segments, rollout.score.steps if rollout.score else (), strict=False):
+                if score is not None:
+                    counts[segment.tag] += 1.0
+                    sums[segment.tag] += score
+        return counts, sums
 
     def _validate(self, step: int, backend: HFBackend, data: ProblemDataModule) -> dict[str, float]:
         problems = data.validation.problems()[self.fabric.global_rank :: self.fabric.world_size]

@@ -1,0 +1,144 @@
+"""``rftt evaluate`` on a policy whose every answer is written here, so that each figure can be counted by hand."""
+
+import json
+from collections import Counter
+
+import pytest
+import yaml
+
+from rftt_lightning.app import cli
+from rftt_lightning.core.contracts import (
+    QUESTION,
+    Backend,
+    Completion,
+    Problem,
+    ProblemSource,
+    Segment,
+    Status,
+    Verdict,
+)
+from rftt_lightning.core.tokens import TokenTable
+from rftt_lightning.search.store import read_trees
+
+TABLE = TokenTable.from_yaml()
+STRAIGHT, MENDED, SPOILT, LOST = "straight", "mended", "spoilt", "lost"
+PATHS = {  # question -> what is answered the first, second, … time; the answer r is right, n is none
+    "a": [("r", STRAIGHT), ("w", STRAIGHT), ("w", STRAIGHT), ("r", STRAIGHT)],
+    "b": [("r", MENDED), ("w", STRAIGHT), ("r", STRAIGHT), ("r", STRAIGHT)],
+    "c": [("w", SPOILT), ("v", STRAIGHT), ("w", STRAIGHT), ("r", STRAIGHT)],
+    "d": [("n", LOST), ("w", STRAIGHT), ("r", MENDED), ("r", STRAIGHT)],
+}
+
+
+class Source(ProblemSource):
+    def problems(self):
+        return [Problem(name, name, answer="r") for name in PATHS]
+
+    def judge(self, problem, response):
+        answer = TABLE.parse(response)[-1].text
+        status = {"r": Status.RIGHT, "n": Status.NO_ANSWER}.get(answer, Status.WRONG)
+        return Verdict(status, None if answer == "n" else answer)
+
+
+class Written(Backend):
+    """Answers each question as :data:`PATHS` says; a greedy request gets the first answer."""
+
+    tokens = TABLE
+    name = "written"
+    batches = 0
+
+    def __init__(self) -> None:
+        self.asked: Counter[str] = Counter()
+
+    def chat(self, messages):
+        return (ord(messages[0].content),)
+
+    def generate(self, requests):
+        type(self).batches += 1
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request):
+        question = chr(request.prompt[0])
+        turn = 0 if request.sampling.temperature == 0 else self.asked[question]
+        self.asked[question] += request.sampling.temperature > 0
+        answer, kind = PATHS[question][turn]
+        first = {MENDED: "w", SPOILT: "r"}.get(kind, answer)
+        steps = [("next_step", first)]
+        if kind in (MENDED, SPOILT):
+            steps += [("verify", "hm"), ("refine", answer)]
+        if kind != LOST:
+            steps += [("output", answer)]
+        made = [Segment(tag, (1, 2, turn), (-0.1,) * 3, (0,) * 3, text, True, even(tag)) for tag, text in steps]
+        return Completion(tuple(made), even(QUESTION))
+
+
+def even(after: str) -> dict[str, float]:
+    legal = TABLE.legal(after)
+    return {tag: 1 / len(legal) for tag in legal}
+
+
+@pytest.fixture
+def config(tmp_path):
+    def expander(rollouts: int, temperature: float) -> dict:
+        sampling = {"temperature": temperature, "boundary": "sample" if temperature else "argmax"}
+        arguments = {"mode": "sample", "rollouts": rollouts, "sampling": sampling}
+        return {"class_path": "rftt_lightning.search.expand.TokenExpander", "init_args": arguments}
+
+    settings = {
+        "source": {"class_path": f"{__name__}.Source"},
+        "backend": {"class_path": f"{__name__}.Written"},
+        "reward": {"class_path": "rftt_lightning.policy.rewards.Confidence"},
+        "greedy": expander(1, 0.0),
+        "search": expander(4, 1.0),
+        "rollouts": [1, 2, 4],
+        "out": str(tmp_path / "out"),
+    }
+    path = tmp_path / "evaluate.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def evaluate(config, *args: object) -> int:
+    return cli.main(["evaluate", "--config", str(config), *map(str, args)])
+
+
+def test_every_figure_is_what_counting_gives(config, tmp_path, capsys):
+    assert evaluate(config) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    greedy = results["greedy"]
+    assert greedy["verdicts"] == {"right": 2, "wrong": 1, "no_answer": 1, "unparsable_gold": 0, "timed_out": 0}
+    assert (greedy["accuracy"], greedy["n"], greedy["complete"]) == (0.5, 4, 0.75)
+    assert greedy["low"] < 0.5 < greedy["high"]
+    assert greedy["wrong_to_right"] == 0.25 and greedy["right_to_wrong"] == 0.25
+    use = greedy["functional_tokens_per_answer"]
+    assert (use["verify"], use["refine"], use["output"], use["clarify"]) == (0.5, 0.5, 0.75, 0.0)
+    assert greedy["tokens_per_problem"] == 3 * (2 + 4 + 4 + 1) / 4
+    rows = results["rollouts"]
+    assert rows["1"]["majority"]["accuracy"] == rows["1"]["any"]["accuracy"] == 0.5
+    assert rows["4"]["any"]["accuracy"] == 1.0
+    # majority of four: a 2:2 is won by the answer that came first, b 3:1 right, c 2 w against v and r, d 2 r of three answers
+    assert rows["4"]["majority"]["accuracy"] == 0.75
+    said = capsys.readouterr().out
+    assert "4 rollouts" in said and str(tmp_path / "out" / "results.json") in said
+    assert (tmp_path / "out" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(list(read_trees(tmp_path / "out" / "search"))) == 4
+
+
+def test_what_is_done_is_not_asked_again(config, tmp_path):
+    evaluate(config)
+    first, calls = (tmp_path / "out" / "results.json").read_text(), Written.batches
+    evaluate(config)
+    timeless = [json.loads(text) for text in (first, (tmp_path / "out" / "results.json").read_text())]
+    for results in timeless:
+        for row in (results["greedy"], *results["rollouts"].values()):
+            row.pop("seconds_per_problem")
+    assert timeless[0] == timeless[1] and Written.batches == calls
+    evaluate(config, "--overwrite", "true")
+    assert Written.batches > calls
+
+
+def test_each_part_may_be_left_out(config, tmp_path):
+    assert evaluate(config, "--search", "null", "--out", tmp_path / "greedy") == 0
+    assert set(json.loads((tmp_path / "greedy" / "results.json").read_text())) == {"problems", "greedy"}
+    assert evaluate(config, "--greedy", "null", "--out", tmp_path / "search") == 0
+    assert set(json.loads((tmp_path / "search" / "results.json").read_text())) == {"problems", "rollouts"}
