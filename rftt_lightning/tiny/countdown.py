@@ -182,12 +182,12 @@ class Countdown(World):
 
 
 def document(
-    problem: Problem, rng: random.Random, checks: float = 0.75, mends: float = 0.7, whole: float = 0.3
+    problem: Problem, rng: random.Random, checks: float = 0.9, mends: float = 0.9, whole: float = 0.3
 ) -> list[Step]:
     """A correct-in-every-step but aimless solution: uniformly random legal choices, no knowledge of the solution.
 
     A finished attempt is verified with probability ``checks``; one found wrong is refined with probability ``mends``, up to
-    three times, by a random other move at a random fork, with probability ``whole`` together with all that is left to do.
+    four times, by a random other move at a random fork, with probability ``whole`` together with all that is left to do.
     """
     numbers, target = tuple(problem.data["numbers"]), problem.data["target"]
     steps: list[Step] = []
@@ -218,7 +218,7 @@ def document(
             break
         steps.append(Step("verify", f"{state[-1]} , {target} ; {'ok' if solved else 'wrong'}"))
         forks = [index for index, (before, _) in enumerate(history) if len(moves(before)) > 1]
-        if solved or not forks or sum(step.tag == "refine" for step in steps) == 3 or rng.random() >= mends:
+        if solved or not forks or sum(step.tag == "refine" for step in steps) == 4 or rng.random() >= mends:
             break
         fork = rng.choice(forks)
         before, old = history[fork]

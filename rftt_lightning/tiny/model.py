@@ -37,7 +37,7 @@ def build_tokenizer(words: Iterable[str], numbers: int = 100) -> PreTrainedToken
 
 
 def build_model(
-    tokenizer: PreTrainedTokenizerFast, seed: int = 0, hidden: int = 128, layers: int = 3
+    tokenizer: PreTrainedTokenizerFast, seed: int = 0, hidden: int = 128, layers: int = 4
 ) -> LlamaForCausalLM:
     """A randomly initialised Llama with tied embeddings for this tokenizer.
 
@@ -47,7 +47,7 @@ def build_model(
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
-        intermediate_size=4 * hidden,
+        intermediate_size=5 * hidden // 2,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
