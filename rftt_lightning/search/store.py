@@ -16,12 +16,15 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
+
 from rftt_lightning import __version__
 from rftt_lightning.core.contracts import Trajectory, UserError
 from rftt_lightning.core.paths import PACKAGE
 from rftt_lightning.core.tree import Tree
 
 MANIFEST = "manifest.json"
+LOCK = "writing.lock"
 SHARD = 1000
 """Records of a shard."""
 
@@ -35,7 +38,7 @@ class Store:
     have the same kind and settings, and a torn last line is cut off. ``done`` maps the ids that are there to their problems
     (None in a record without one). ``version`` counts the policy updates before the run; like the source commit it is noted
     in the manifest and not compared. Raises :class:`UserError` if settings differ, naming them, if the folder holds another
-    kind of store (which ``overwrite`` does not touch either), or if it cannot be written.
+    kind of store (which ``overwrite`` does not touch either), if another process is writing it, or if it cannot be written.
     """
 
     def __init__(
@@ -43,16 +46,24 @@ class Store:
     ) -> None:
         self.folder, self.kind = Path(folder), kind
         self.done: dict[str, Any] = {}
+        self._lock = FileLock(self.folder / LOCK)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(blocking=False)
             if overwrite:
                 _clear(self.folder, kind)
             self._open_manifest(json.loads(json.dumps(dict(settings))), version)
             for path in shards(self.folder, kind):
                 self.done.update((record["id"], record.get("problem")) for record in _records(path, mend=True))
             self._file = self._shard().open("a", encoding="utf-8")
+        except Timeout as error:
+            raise UserError(f"another process is writing {self.folder}; wait for it, or give another --out") from error
         except OSError as error:
+            self._lock.release()
             raise _unwritable(self.folder, error) from error
+        except UserError:
+            self._lock.release()
+            raise
 
     def _open_manifest(self, settings: dict[str, Any], version: int) -> None:
         if not (self.folder / MANIFEST).exists():
@@ -78,7 +89,7 @@ class Store:
             raise ValueError(f"{name} is in {self.folder} already")
         try:
             if len(self.done) % SHARD == 0:
-                self.close()
+                self._finish()
                 self._file = self._shard().open("a", encoding="utf-8")
             self._file.write(_line(name, record))
             self._file.flush()
@@ -87,7 +98,11 @@ class Store:
         self.done[name] = record.get("problem")
 
     def close(self) -> None:
-        """Make sure that all records are on the disk."""
+        """Make sure that all records are on the disk, and let others write."""
+        self._finish()
+        self._lock.release()
+
+    def _finish(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

@@ -234,7 +234,7 @@ def test_a_checkpoint_never_changes_what_was_asked_in_silence(world, tmp_path, c
     more = ("--ckpt_path", ckpt, "--trainer.max_epochs", 2)
     capsys.readouterr()
     assert cli.main(sft(world, tmp_path / "b", *more, "--model.lr", 0.5)) == 2
-    assert "model.lr=0.0005, now it is 0.5" in capsys.readouterr().err
+    assert "model.lr=0.003, now it is 0.5" in capsys.readouterr().err
     assert cli.main(sft(world, tmp_path / "c", *more)) == 0
 
 

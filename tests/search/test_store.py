@@ -62,7 +62,10 @@ def test_wherever_a_write_is_cut_whole_records_are_left(tmp_path):
     store = Store(tmp_path, "trajectories", {"seed": 1})
     for i in range(3):
         store.add(str(i), made[i].to_json())
-    path = shards(tmp_path, "trajectories")[0]  # not closed: a kill closes nothing either
+    with pytest.raises(UserError, match="another process is writing"):
+        Store(tmp_path, "trajectories", {"seed": 1})
+    path = shards(tmp_path, "trajectories")[0]
+    store._lock.release()  # and no more: a kill closes nothing, but lets go of its locks
     whole = path.read_bytes()
     ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
     for cut in sorted(
