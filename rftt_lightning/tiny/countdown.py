@@ -4,7 +4,8 @@
 Contents of the segments: clarify ``3 7 12 ; 9`` (sorted numbers, target) · analyze ``6 2 3`` (distance of each number from
 the target) · subquestion ``combine 3 7`` · next_step ``3 * 7 = 21 ; 12 21`` (equation; what is left) · direct_answer the
 remaining equations · verify ``9 , 9 ; ok`` (value, target, verdict) · refine another step from an EARLIER fork of the
-attempt, like next_step or, to the end, direct_answer · output the equations of the attempt.
+attempt, like next_step or, to the end, direct_answer · output the equations of the attempt. A step that brings an attempt to
+the end which the path has made before is wrong.
 """
 
 from __future__ import annotations
@@ -62,12 +63,14 @@ def finals(numbers: Sequence[int], highest: int = 99) -> list[int]:
 
 @dataclass
 class CountdownAttempt(Attempt):
-    """``history`` holds (numbers before, equation, numbers after), as the path claims them."""
+    """``history`` holds (numbers before, equation, numbers after), as the path claims them; ``made`` the attempts that were
+    brought to their end."""
 
     numbers: tuple[int, ...]
     target: int
     highest: int = 99
     history: list[tuple[tuple[int, ...], str, tuple[int, ...]]] = field(default_factory=list)
+    made: set[str] = field(default_factory=set)
 
     @property
     def left(self) -> tuple[int, ...]:
@@ -99,23 +102,29 @@ class CountdownAttempt(Attempt):
 
     def step(self, text: str) -> bool:
         equation, _, rest = text.partition(" ; ")
-        return self.take(equation) and rest == " ".join(map(str, self.left))
+        return self.take(equation) and rest == " ".join(map(str, self.left)) and self._fresh()
 
     def refine(self, text: str) -> bool:
-        """Go back to the step at which as many numbers were left as this one needs, and take it instead; to do again what was
-        done is wrong."""
+        """Go back to the step at which as many numbers were left as this one needs, and take it instead of what was done."""
         equations, _, rest = text.partition(" ; ")
         needed = 1 + (len(rest.split()) if rest else len(equations.split(" , ")))
         for index, (before, old, _) in enumerate(self.history):
             if len(before) == needed:
-                done = old if rest else " , ".join(equation for _, equation, _ in self.history[index:])
                 del self.history[index:]
-                return (self.step(text) if rest else self.answer(text)) and equations != done
+                return (self.step(text) and equations != old) if rest else self.answer(text)
         return False
 
     def answer(self, text: str) -> bool:
         taken = [self.take(equation) for equation in text.split(" , ")]
-        return all(taken) and self.finished
+        return all(taken) and self.finished and self._fresh()
+
+    def _fresh(self) -> bool:
+        """Is this an attempt that the path has not made before? Going round in circles is wrong."""
+        if not self.finished:
+            return True
+        fresh = self.stated not in self.made
+        self.made.add(self.stated)
+        return fresh
 
     def check(self, text: str) -> bool:
         value = self.left[-1]
@@ -184,7 +193,8 @@ class Countdown(World):
 def document(
     problem: Problem, rng: random.Random, checks: float = 0.9, mends: float = 0.9, whole: float = 0.3
 ) -> list[Step]:
-    """A correct-in-every-step but aimless solution: uniformly random legal choices, no knowledge of the solution.
+    """An aimless solution: uniformly random legal choices, no knowledge of the solution. Every step is correct, but a refine may
+    come back to an attempt before the last.
 
     A finished attempt is verified with probability ``checks``; one found wrong is refined with probability ``mends``, up to
     four times, by a random other move at a random fork, with probability ``whole`` together with all that is left to do.

@@ -49,7 +49,11 @@ def test_every_step_of_a_base_document_is_right_and_legal():
     source, rng = Countdown("train", count=300), random.Random(0)
     for problem in source.problems():
         steps = document(problem, rng)
-        assert all(score in (None, 1.0) for score in source.check_steps(problem, steps))
+        scores = source.check_steps(problem, steps)
+        once = sum(step.tag == "refine" for step in steps) < 2  # later ones may come back to an earlier attempt
+        assert all(
+            score in (None, 1.0) or not (once or tag in ("verify", "output")) for score, (tag, _) in zip(scores, steps, strict=True)
+        )
         assert steps[-1].tag == "output"
         attempt = source.judge(problem, TABLE.render(steps))
         checks = [step.text.endswith("ok") for step in steps if step.tag == "verify"]
@@ -105,6 +109,29 @@ def test_steps_are_scored_as_they_are():
         broken = [*steps[:index], Step(steps[index].tag, text), *steps[index + 1 :]]
         assert source.check_steps(problem, broken)[index] == 0.0
     assert source.judge(problem, TABLE.render(steps[:-1])).answer == steps[-1].text
+
+
+@pytest.mark.parametrize(
+    "last, score",
+    [
+        (Step("refine", "12 - 10 = 2 ; 2"), 0.0),  # the first attempt, made before the one that it replaces
+        (Step("refine", "12 * 3 = 36 , 36 - 7 = 29"), 1.0),
+        (Step("refine", "3 + 7 = 10 , 12 - 10 = 2"), 0.0),
+        (Step("refine", "3 * 7 = 21 ; 12 21"), 1.0),
+        (Step("refine", "3 + 7 = 10 ; 12 10"), 0.0),  # the very step that it replaces
+    ],
+)
+def test_going_round_in_circles_is_wrong(last, score):
+    source = Countdown("train", count=1)
+    problem = type(source.problems()[0])("p", "3 7 12 target 9", data={"numbers": [3, 7, 12], "target": 9})
+    steps = [
+        Step("next_step", "3 + 7 = 10 ; 12 10"),
+        Step("next_step", "12 - 10 = 2 ; 2"),
+        Step("verify", "2 , 9 ; wrong"),
+        Step("refine", "12 + 10 = 22 ; 22"),
+        Step("verify", "22 , 9 ; wrong"),
+    ]
+    assert source.check_steps(problem, [*steps, last]) == [1.0] * 5 + [score]
 
 
 @pytest.mark.parametrize(
