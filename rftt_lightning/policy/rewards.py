@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -53,8 +53,9 @@ class ProcessReward(Reward):
 
     Args:
         weight: of a step's score.
-        center: what is taken off a score in [0, 1]; None is the mean score of the segments of the same tag among the paths scored
-            together, so that a tag's use is neither paid nor punished, only its being right.
+        center: what is taken off a score in [0, 1]; None is the mean score, among the paths scored together, of the segments that
+            are the n-th of the same tag in their path, so that a tag's use is neither paid nor punished, only its being right
+            (a third attempt is harder than a first; one mean for all of them would teach to give up).
         credit: ``"path"``: scores add up, so that a segment's return holds those of all that follow it (the paper);
             ``"segment"``: a segment's return is its own score, which neither pays for length nor blames a step for later ones.
             The rewards are then differences of neighbouring scores: with gamma 1 their sums telescope.
@@ -75,20 +76,32 @@ class ProcessReward(Reward):
         scores = []
         verdicts = judge(source, rollouts, self.table)
         for rollout, steps, verdict in zip(rollouts, checked, verdicts, strict=True):
-            pairs = zip(rollout.segments, steps, strict=True)
-            rewards = [0.0 if s is None else self.weight * (s - centers[segment.tag]) for segment, s in pairs]
+            pairs = zip(turns(rollout), steps, strict=True)
+            rewards = [0.0 if s is None else self.weight * (s - centers[turn]) for turn, s in pairs]
             if self.credit == "segment":
                 rewards = [now - later for now, later in zip(rewards, [*rewards[1:], 0.0], strict=True)]
             scores.append(Score(verdict, float(verdict.right), tuple(rewards), steps))
         return scores
 
-    def _centers(self, rollouts: Sequence[Rollout], checked: Sequence[tuple[float | None, ...]]) -> dict[str, float]:
-        by_tag: dict[str, list[float]] = defaultdict(list)
+    def _centers(
+        self, rollouts: Sequence[Rollout], checked: Sequence[tuple[float | None, ...]]
+    ) -> dict[tuple[str, int], float]:
+        scores: dict[tuple[str, int], list[float]] = defaultdict(list)
         for rollout, steps in zip(rollouts, checked, strict=True):
-            for segment, step in zip(rollout.segments, steps, strict=True):
+            for turn, step in zip(turns(rollout), steps, strict=True):
                 if step is not None:
-                    by_tag[segment.tag].append(step)
-        return {tag: sum(v) / len(v) if self.center is None else self.center for tag, v in by_tag.items()}
+                    scores[turn].append(step)
+        return {turn: sum(v) / len(v) if self.center is None else self.center for turn, v in scores.items()}
+
+
+def turns(rollout: Rollout) -> list[tuple[str, int]]:
+    """For each segment, its tag and how many of that tag the path holds before it."""
+    before: Counter[str] = Counter()
+    numbered = []
+    for segment in rollout.segments:
+        numbered.append((segment.tag, before[segment.tag]))
+        before[segment.tag] += 1
+    return numbered
 
 
 class Blend(Reward):

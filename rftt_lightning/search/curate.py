@@ -70,6 +70,7 @@ class Curator:
         alpha: smallest share of a wrong path, in steps, that it must have in common with the correct one (the paper's
             threshold, which it gives no value for). At 0 a wrong path may share the question alone, and the merged path goes
             back to the very beginning; anything above 0 asks for a shared step.
+        merges: merged paths of a tree at most, each with another wrong path, worst first (the paper: 1).
         verify_share: share of the documents in which the model also verifies the correct end before the output.
         preparing: tags that prepare a step without taking one; refine begins at the first step after the fork that is none
             and that the wrong branch did not take as well.
@@ -84,6 +85,7 @@ class Curator:
         prompts: str = "pkg:search/prompts",
         tokens: str | None = None,
         alpha: float = 0.25,
+        merges: int = 1,
         verify_share: float = 0.0,
         preparing: Sequence[str] = ("clarify", "analyze", "subquestion"),
         affirms: str = r"(?i)verdict:\s*correct",
@@ -102,7 +104,9 @@ class Curator:
                     f"curation needs the functional token {name!r}, the table has {', '.join(self.table.names)}"
                 )
         self.prompts = read_prompts(prompts, self.table.names)
-        self.alpha, self.verify_share, self.preparing = alpha, verify_share, tuple(preparing)
+        if merges < 0:
+            raise UserError(f"curator.merges is {merges}; it must be 0 (plain paths only) or more")
+        self.alpha, self.merges, self.verify_share, self.preparing = alpha, merges, verify_share, tuple(preparing)
         self.affirms, self.denies = _expression("affirms", affirms), _expression("denies", denies)
         self.train_wrong_branch, self.sampling, self.max_tokens, self.seed = (
             train_wrong_branch,
@@ -136,7 +140,7 @@ class Curator:
     # -- choosing --------------------------------------------------------------------------------------------------------
 
     def drafts(self, tree: Tree, source: ProblemSource, report: Report) -> list[Draft]:
-        """The plain and the merged draft of a tree, as far as it has them. A path whose answer is missing, or could not be
+        """The plain and the merged drafts of a tree, as far as it has them. A path whose answer is missing, or could not be
         judged, is neither correct nor known to be wrong. Phase 1 allows some sequences that the grammar does not; of these
         no document is made."""
         right, wrong = (self._ended(tree, status) for status in (Status.RIGHT, Status.WRONG))
@@ -152,10 +156,12 @@ class Curator:
         if not near:
             report.rejected["merged: no wrong path that shares enough"] += 1
             return [plain]
-        worst = min(near, key=lambda r: (mean_step_score(r, tree), -common(r, best)))
-        shared = common(worst, best)
-        merged = Draft(best, worst.steps, len(worst.steps), shared, best.steps, worst, rng.random() < self.verify_share)
-        return [plain, merged]
+        worst = {r.steps: r for r in sorted(near, key=lambda r: (mean_step_score(r, tree), -common(r, best)))}
+        merged = [
+            Draft(best, steps, len(steps), common(r, best), best.steps, r, rng.random() < self.verify_share)
+            for steps, r in islice(worst.items(), self.merges)
+        ]
+        return [plain, *merged]
 
     def _ended(self, tree: Tree, status: Status) -> list[Rollout]:
         return [r for r in tree.rollouts() if r.complete and r.score and r.score.verdict.status is status]

@@ -56,7 +56,7 @@ def test_process_scores_are_weighed_and_centred():
     assert score.rewards == (-1.0, 1.0, 0.0, 7.0) and score.steps == (0.0, 1.0, None, 4.0)
 
 
-def test_centred_per_tag_the_use_of_a_tag_is_free():
+def test_centred_per_turn_the_use_of_a_tag_is_free():
     scores = ProcessReward(center=None).score(Source(), [GOOD, BAD, SILENT, BROKEN])
     paid: dict[str, float] = {}
     for path, score in zip([GOOD, BAD, SILENT, BROKEN], scores, strict=True):
@@ -64,6 +64,18 @@ def test_centred_per_tag_the_use_of_a_tag_is_free():
             paid[segment.tag] = paid.get(segment.tag, 0.0) + reward
     assert paid == pytest.approx(dict.fromkeys(paid, 0.0))
     assert scores[0].rewards[0] > 0 > scores[1].rewards[0]
+
+
+def test_a_later_attempt_is_compared_with_later_attempts():
+    """Third checks are mostly wrong, first ones right: to check a third time is neither paid nor punished."""
+    paths = [
+        rollout(("verify", "1"), ("output", "3")),
+        rollout(("verify", "1"), ("verify", "1"), ("verify", "0"), ("output", "4")),
+        rollout(("verify", "1"), ("verify", "0"), ("verify", "1"), ("output", "4")),
+    ]
+    rewards = [score.rewards for score in ProcessReward().score(Source(), paths)]
+    assert [r[0] for r in rewards] == [0.0, 0.0, 0.0]
+    assert [r[1:3] for r in rewards[1:]] == [(0.5, -0.5), (-0.5, 0.5)]
 
 
 def test_with_credit_by_segment_each_return_is_the_segment_s_own_score():

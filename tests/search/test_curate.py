@@ -144,6 +144,16 @@ def test_alpha_is_the_least_share_of_the_wrong_path(alpha, merged):
     assert report.kept["merged"] == merged
 
 
+@pytest.mark.parametrize("merges", [0, 1, 2, 3, 9])
+def test_merged_paths_have_different_wrong_branches_worst_first(merges):
+    wrongs = [[CLARIFY, FOUR, Step("direct_answer", f"4 + {n} = 5")] for n in range(3)]
+    paths = [(w, "5", [None, 1.0, score]) for w, score in zip(wrongs, (0.4, 0.0, 0.2), strict=True)]
+    made, report = run(curator(merges=merges), Says("bad"), tree_of((RIGHT, "3", []), *paths, paths[1]))
+    assert [list(t.steps[:3]) for t in made[1:]] == [wrongs[1], wrongs[2], wrongs[0]][:merges]
+    assert report.kept["plain"] == 1 and report.kept["merged"] == len(made) - 1
+    assert all(t.steps[3:] == (Step("verify", "bad"), Step("refine", "4 - 1 = 3"), made[0].steps[-1]) for t in made[1:])
+
+
 @pytest.mark.parametrize("alpha, merged", [(0.0, True), (0.01, False)])
 def test_above_zero_alpha_asks_for_a_shared_step(alpha, merged):
     apart = [Step("next_step", "2 - 1 = 2"), Step("direct_answer", "2 + 2 = 4")]
@@ -223,3 +233,5 @@ def test_everything_kept_is_legal_and_survives_json():
 def test_settings_out_of_range_are_refused():
     with pytest.raises(UserError, match="alpha"):
         curator(alpha=1.5)
+    with pytest.raises(UserError, match="merges is -1"):
+        curator(merges=-1)
