@@ -5,11 +5,13 @@ Shape suffixes: B rows, T tokens, V vocabulary (width of the logits), S grammar 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
     AddedToken,
@@ -24,6 +26,9 @@ from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 
 INITS = ("description", "random", "mean")
+
+RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>|<unused_?\d+>|<\|dummy_\d+\|>")
+"""Names under which tokenizers keep rows for their users (Llama 3, Gemma, Phi)."""
 
 
 def load(
@@ -62,7 +67,8 @@ def add_functional_tokens(
 ) -> list[int]:
     """Make every tag, opening and closing, one row of the vocabulary; returns the ids that are new (none if all were there).
 
-    Spare rows of a padded vocabulary are used first and an embedding never shrinks. Input and, if untied, output rows are
+    Spare rows of a padded vocabulary are used first, then tokens that the tokenizer reserves for its users (they are renamed);
+    only then is the embedding enlarged, and it never shrinks. Input and, if untied, output rows are
     initialised: ``description``: the mean of the rows of the token's description words plus 0.3 standard deviations of noise
     (closing tags: the newline's row, else end of turn, plus 0.5); ``random``: noise of the usual size; ``mean``: the mean of all
     rows. Rows that start nearly equal are ignored by the model (arXiv 2502.13389 leaves the choice open).
@@ -71,9 +77,12 @@ def add_functional_tokens(
         raise UserError(f"init is {init!r}; use one of {', '.join(INITS)}")
     known = tokenizer.get_vocab()
     fresh = [tag for tag in table.tags if tag not in known]
-    old = max(known.values()) + 1
-    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in fresh])
     rows = model.get_input_embeddings().weight.shape[0]
+    old = max(known.values()) + 1
+    if old + len(fresh) > rows:
+        _rename_reserved(tokenizer, fresh)
+        old = min([old, *(i for tag, i in tokenizer.get_vocab().items() if tag in fresh)])
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in fresh])
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed > rows:
         model.resize_token_embeddings(needed, mean_resizing=False)
@@ -82,6 +91,20 @@ def add_functional_tokens(
         _initialise(weight, tokenizer, table, fresh, old, init, generator)
     check_round_trip(tokenizer, table)
     return [tokenizer.get_vocab()[tag] for tag in fresh]
+
+
+def _rename_reserved(tokenizer: PreTrainedTokenizerBase, tags: Sequence[str]) -> None:
+    """Give the names ``tags`` to as many reserved tokens, lowest ids first, as there are."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    reserved = sorted((t for t in state["added_tokens"] if RESERVED.fullmatch(t["content"])), key=lambda t: t["id"])
+    names = {token["content"]: tag for token, tag in zip(reserved, tags, strict=False)}
+    for token in reserved[: len(tags)]:
+        token.update(content=names[token["content"]], special=False, normalized=False)
+    words = state["model"].get("vocab")
+    if isinstance(words, dict):  # some models list their added tokens too
+        state["model"]["vocab"] = {names.get(word, word): i for word, i in words.items()}
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.extra_special_tokens = [t for t in tokenizer.extra_special_tokens if str(t) not in names]
 
 
 def _matrices(model: PreTrainedModel) -> list[Tensor]:

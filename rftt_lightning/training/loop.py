@@ -184,6 +184,8 @@ class RLTrainer:
         times = [time.monotonic()]
         progress = driver.Progress()
         problems = data.batch(step)[self.fabric.global_rank :: self.fabric.world_size]
+        if len(problems) < 1:
+            raise UserError(f"data.batch_size is below the {self.fabric.world_size} devices; each needs a problem")
         trees = self._grow(
             problems, self.expander, self.reward, backend, data.train, seed_of(self.seed, step), progress
         )
@@ -230,17 +232,20 @@ class RLTrainer:
         norms, updates = 0.0, 0
         model.train()
         for _ in range(self.epochs):
-            for index in torch.randperm(len(batch)).chunk(self.mini_batches):
+            for index in torch.randperm(len(batch)).tensor_split(self.mini_batches):
                 mini = batch.rows(index.to(batch.tokens_BL.device))
                 denominator = self._sum(model.weights(mini).sum()).clamp(min=1.0)
                 parts = [part for _, part in mini.split(self.micro_batch)]
+                total = torch.zeros(len(MEASURED), device=batch.tokens_BL.device)
                 for number, micro in enumerate(parts):
                     with self.fabric.no_backward_sync(module, enabled=number < len(parts) - 1):
                         loss, measured = module(denominator, *micro.columns())
                         # ranks average their gradients, the denominator is global already
                         self.fabric.backward(loss * self.fabric.world_size)
-                    for name, value in zip(MEASURED, self._sum(measured).tolist(), strict=True):
-                        sums[name] += value
+                    total += measured
+                sums.update(
+                    dict(zip(MEASURED, self._sum(total).tolist(), strict=True))
+                )  # ranks differ in micro-batches
                 norm = self.fabric.clip_gradients(
                     module, optimizer, max_norm=self.gradient_clip, error_if_nonfinite=False
                 )
@@ -307,8 +312,9 @@ class RLTrainer:
         progress = driver.Progress()
         trees = self._grow(problems, self.greedy, Confidence(), backend, data.validation, self.seed, progress)  # type: ignore[arg-type]
         answers = [tree.rollouts()[0] for tree in trees]
-        counts = torch.tensor([float(sum(r.score.verdict.right for r in answers if r.score)), float(len(answers))])
-        right, n = self._sum(counts).tolist()
+        right = sum(r.score.verdict.right for r in answers if r.score)
+        counts = [float(right), float(len(answers)), float(sum(r.length for r in answers))]
+        right, n, tokens = self._sum(torch.tensor(counts)).tolist()
         accuracy = Accuracy.of(int(right), int(n))
         for i, answer in enumerate(answers[:4] if self.is_global_zero else []):
             text = f"{answer.problem.question}\n\n{backend.tokens.render(answer.steps)}".replace("<", "&lt;")
@@ -317,7 +323,7 @@ class RLTrainer:
             "validation/accuracy": accuracy.accuracy,
             "validation/low": accuracy.low,
             "validation/high": accuracy.high,
-            "validation/length": sum(r.length for r in answers) / len(answers),
+            "validation/length": tokens / n,
         }
 
     # -- logging, saving -------------------------------------------------------------------------------------------------

@@ -42,6 +42,27 @@ def test_rows_are_added_only_where_spare_ones_do_not_suffice(tied, spare, rows_a
     assert add_functional_tokens(model, tokenizer, TABLE) == [] and len(after[0]) == known + rows_after
 
 
+@pytest.mark.parametrize("reserved, rows_after", [(20, 0), (16, 0), (6, 10)])
+def test_reserved_tokens_are_renamed_before_rows_are_added(reserved, rows_after, tmp_path):
+    tokenizer = build_tokenizer(WORDS, 20)
+    names = [f"<|reserved_special_token_{i}|>" for i in range(reserved)]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    tokenizer.add_tokens(["last"])
+    size, ids = len(tokenizer), [tokenizer.get_vocab()[name] for name in names]
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=size, **shape))
+    given = add_functional_tokens(model, tokenizer, TABLE)
+    assert len(model.get_input_embeddings().weight) == size + rows_after
+    assert given == [*ids[:16], *range(size, size + rows_after)]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = load(str(tmp_path))[1]
+    check_round_trip(again, TABLE)
+    assert [again.get_vocab()[tag] for tag in TABLE.tags] == given
+    assert not set(given) & set(again.all_special_ids)
+    assert not set(names[:16]) & set(again.get_vocab()) and set(names[16:]) <= set(again.get_vocab())
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_rows_start_apart_unless_asked_otherwise(tied):
     def closest(init: str) -> float:
