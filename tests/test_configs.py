@@ -9,13 +9,13 @@ import yaml
 from rftt_lightning.app.cli import COMMANDS, main
 from rftt_lightning.core.contracts import UserError
 
-ROOT = Path(__file__).resolve().parents[1] / "configs"
-CONFIGS = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.yaml"))
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(
+    str(path.relative_to(ROOT)) for top in ("configs", "experiments") for path in (ROOT / top).rglob("*.yaml")
+)
+WHOLE = [name for name in CONFIGS if Path(name).parent.name in ("tiny", "arithmetic")]
+"""Configs of the embedded worlds: no parts, no overlays."""
 FIT = {"sft", "rl"}  # commands with the subcommand fit
-PARTS = {"data": ["evaluate", "--config", str(ROOT / "tiny/evaluate.yaml"), "--source"]}
-"""Folders of parts of configs: the arguments that a part follows."""
-OVERLAYS = {"strategy": ["sft", "fit", "--config", str(ROOT / "tiny/sft.yaml"), "--config"]}
-"""Folders of configs that are laid over others."""
 
 
 def command_of(name: str) -> list[str]:
@@ -24,10 +24,21 @@ def command_of(name: str) -> list[str]:
     return [command, "fit"] if command in FIT else [command]
 
 
+def before(name: str) -> list[str]:
+    """The arguments that a config follows: its command, and what a part of a config, or an overlay, is laid over."""
+    folder = Path(name).parent.name
+    if folder == "data":
+        return ["evaluate", "--config", str(ROOT / "configs/tiny/evaluate.yaml"), "--source"]
+    if folder == "strategy":
+        return ["sft", "fit", "--config", str(ROOT / "configs/tiny/sft.yaml"), "--config"]
+    if folder == "gsm8k-smoke":
+        return [*command_of(name), "--config", str(ROOT / "configs/qwen2.5-7b" / Path(name).name), "--config"]
+    return [*command_of(name), "--config"]
+
+
 def parse(name: str, capsys: pytest.CaptureFixture[str]) -> str:
     """Print the config that a file amounts to; raises what the command raises."""
-    before = {**PARTS, **OVERLAYS}.get(Path(name).parts[0], [*command_of(name), "--config"])
-    args = [*before, str(ROOT / name), "--print_config"]
+    args = [*before(name), str(ROOT / name), "--print_config"]
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(COMMANDS[args[0]][0]).main(args[1:])
     assert stop.value.code in (0, None)
@@ -37,7 +48,7 @@ def parse(name: str, capsys: pytest.CaptureFixture[str]) -> str:
 def test_there_are_configs_for_every_phase_of_every_model():
     for folder in ("tiny", "qwen2.5-7b", "llama-3.1-8b"):
         for command in ("search", "curate", "sft", "rl", "evaluate"):
-            assert f"{folder}/{command}.yaml" in CONFIGS
+            assert f"configs/{folder}/{command}.yaml" in CONFIGS
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -46,7 +57,7 @@ def test_config_is_parsed_by_its_command(name, capsys):
     assert yaml.safe_load(printed)
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("tiny/")])
+@pytest.mark.parametrize("name", WHOLE)
 def test_printed_config_parses_to_itself(name, tmp_path, capsys):
     printed = parse(name, capsys)
     copy = tmp_path / "printed.yaml"
@@ -57,7 +68,7 @@ def test_printed_config_parses_to_itself(name, tmp_path, capsys):
     assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(printed)
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("tiny/")])
+@pytest.mark.parametrize("name", WHOLE)
 def test_unknown_key_is_an_error(name, tmp_path):
     config = yaml.safe_load((ROOT / name).read_text())
     copy = tmp_path / "broken.yaml"

@@ -29,7 +29,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="+", type=Path)
     options = parser.parse_args()
-    print(table({path.parent.name: json.loads(path.read_text()) for path in options.results}))
+    runs = {p.parent.name if p.stem == "results" else p.stem: json.loads(p.read_text()) for p in options.results}
+    print(table(runs))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
 """The whole method on the embedded world, from the shipped base to the table: ``make demo``.
 
 Every stage is an ordinary ``rftt`` command (its line is printed by ``--list``); this script only orders them, runs what can
-run side by side, skips what is done, and gathers the table. Stages that trains or searches for long continue where they
+run side by side, skips what is done, and gathers the table. Stages that train or search for long continue where they
 were, so a demo may be interrupted at any moment.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from rftt_lightning.core.contracts import UserError
 from rftt_lightning.search.vote import Accuracy
 
 ARMS = {
@@ -43,6 +46,12 @@ class Stage:
     name: str
     args: tuple[str, ...]
     needs: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Of the command line and the config that it names."""
+        config = Path(self.args[self.args.index("--config") + 1]).read_bytes()
+        return hashlib.sha256("\0".join(self.args).encode() + config).hexdigest()[:16]
 
 
 def stages(out: Path, seed: int, world: Path, short: int) -> list[Stage]:
@@ -84,35 +93,56 @@ def stages(out: Path, seed: int, world: Path, short: int) -> list[Stage]:
 
 
 class Demo:
-    """Runs stages whose needs are met, ``lanes`` at a time, one thread each; keeps the seconds of finished ones, and of all runs
-    of the demo together, in a file."""
+    """Runs stages whose needs are met, ``lanes`` at a time, one thread each. What was run, whether it is done and its seconds,
+    interrupted runs included, are kept in a file."""
 
     def __init__(self, out: Path, stages: list[Stage], lanes: int) -> None:
         self.out, self.stages, self.lanes = out, stages, lanes
         self.record = out / "stages.json"
-        known = json.loads(self.record.read_text()) if self.record.exists() else {"seconds": {}, "total": 0.0}
-        self.done: dict[str, float] = known["seconds"]
-        self.total: float = known["total"]
+        known = json.loads(self.record.read_text()) if self.record.exists() else {}
+        self.seconds: dict[str, float] = known.get("seconds", {})
+        self.total: float = known.get("total", 0.0)
+        self.done: dict[str, str] = known.get("done", {})
         self.began: dict[str, float] = {}
+        for stage in stages:
+            if self.done.get(stage.name, stage.digest) != stage.digest:
+                raise UserError(f"stage {stage.name} of {out} had other settings; give another --out, or delete it")
         (out / "logs").mkdir(parents=True, exist_ok=True)
 
     def run(self) -> None:
         running: dict[Future[None], Stage] = {}
-        earlier, start = self.total, time.monotonic()
         with (
             ThreadPoolExecutor(self.lanes) as pool,
             Live(self.picture(), refresh_per_second=1, get_renderable=self.picture),
         ):
-            while len(self.done) < len(self.stages):
-                for stage in self.ready([s.name for s in running.values()])[: self.lanes - len(running)]:
-                    self.began[stage.name] = time.monotonic()
-                    running[pool.submit(self.execute, stage)] = stage
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    stage = running.pop(future)
-                    future.result()
-                    self.done[stage.name] = round(time.monotonic() - self.began[stage.name], 1)
-                    self.total = round(earlier + time.monotonic() - start, 1)
-                    self.record.write_text(json.dumps({"seconds": self.done, "total": self.total}, indent=2) + "\n")
+            start = time.monotonic()
+            try:
+                while len(self.done) < len(self.stages):
+                    for stage in self.ready([s.name for s in running.values()])[: self.lanes - len(running)]:
+                        self.began[stage.name] = time.monotonic()
+                        running[pool.submit(self.execute, stage)] = stage
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        future.result()
+                        stage = running.pop(future)
+                        self.done[stage.name] = stage.digest
+                        start = self.note([stage], start)
+            finally:
+                self.note(running.values(), start)
+
+    def note(self, stages: Iterable[Stage], start: float) -> float:
+        """Write down the seconds of stages that have ended or are interrupted, and those of all since ``start``; returns now."""
+        now = time.monotonic()
+        for stage in stages:
+            self.seconds[stage.name] = round(self.spent(stage.name), 1)
+            del self.began[stage.name]
+        self.total = round(self.total + now - start, 1)
+        known = {"done": self.done, "seconds": self.seconds, "total": self.total}
+        self.record.write_text(json.dumps(known, indent=2) + "\n")
+        return now
+
+    def spent(self, name: str) -> float:
+        now = time.monotonic()
+        return self.seconds.get(name, 0.0) + now - self.began.get(name, now)
 
     def ready(self, running: list[str]) -> list[Stage]:
         waiting = [s for s in self.stages if s.name not in self.done and s.name not in running]
@@ -137,9 +167,9 @@ class Demo:
         for stage in self.stages:
             name = stage.name
             if name in self.done:
-                table.add_row(name, f"{self.done[name]:.0f}", "[green]done")
+                table.add_row(name, f"{self.seconds[name]:.0f}", "[green]done")
             elif name in self.began:
-                table.add_row(name, f"{time.monotonic() - self.began[name]:.0f}", last_line(self.log(stage)))
+                table.add_row(name, f"{self.spent(name):.0f}", last_line(self.log(stage)))
             else:
                 table.add_row(name, "", "[dim]waiting")
         return table
@@ -160,7 +190,7 @@ def gather(out: Path, demo: Demo) -> dict[str, Any]:
     parts = {arm: json.loads((out / f"evaluate_{arm}" / "results.json").read_text()) for arm in ARMS}
     results: dict[str, Any] = {arm: part["greedy"] for arm, part in parts.items()}
     results["rollouts"] = {n: row["majority"] for n, row in parts["rl"]["rollouts"].items()}
-    results["seconds"] = {**demo.done, "total": demo.total}
+    results["seconds"] = {**demo.seconds, "total": demo.total}
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 
@@ -214,7 +244,11 @@ def main() -> None:
     if options.list:
         print("\n".join(shlex.join(["rftt", *stage.args]) for stage in plan))
         return
-    demo = Demo(options.out, plan, options.lanes)
+    try:
+        demo = Demo(options.out, plan, options.lanes)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     demo.run()
     show(gather(options.out, demo), options.out, options.short)
 

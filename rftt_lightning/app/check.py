@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
 from rftt_lightning.answers import verify, verify_many
+from rftt_lightning.app.command import Parser, refuse_malformed
 from rftt_lightning.core.contracts import Status, UserError, Verdict
 from rftt_lightning.search.problems import read_jsonl
 
 
-def main(args: list[str] | None = None) -> int:
-    parser = ArgumentParser(
-        prog="rftt check", description="Judge answers: field gold against field response of each line."
-    )
+def main(args: list[str]) -> int:
+    refuse_malformed(args)
+    parser = Parser(prog="rftt check", description="Judge answers: field gold against field response of each line.")
+    parser.add_argument("--config", action="config", help="YAML file with options; may be repeated, later ones win")
     parser.add_argument(
-        "file", nargs="?", help="JSONL with the fields gold and response; other fields are carried through"
+        "file",
+        nargs="?",
+        default=argparse.SUPPRESS,  # any other default hides what a config says
+        help="JSONL with the fields gold and response; other fields are carried through",
     )
     parser.add_argument("--output", type=str | None, help="where to write each line with verdict and rule added")
-    parser.add_argument("--explain", nargs=2, metavar=("GOLD", "RESPONSE"), help="judge one pair and say why")
+    parser.add_argument("--explain", type=str, nargs=2, metavar=("GOLD", "RESPONSE"), help="judge one pair and say why")
     parser.add_argument("--kind", type=str | None, help="what responses are: answer, response, or null to find out")
     parser.add_argument("--workers", type=int, default=2, help="prover processes at work at the same time")
     options = parser.parse_args(args)
+    if options.workers < 1:
+        raise UserError(f"workers is {options.workers}; it must be at least 1")
     if options.explain:
         gold, response = options.explain
         print(explain(verify(gold, response, kind=options.kind)))
         return 0
-    if options.file is None:
+    if not options.get("file"):
         raise UserError("nothing to check; give a JSONL file, or --explain GOLD RESPONSE")
     return check_file(options.file, options.output, options.kind, options.workers)
 
@@ -57,13 +62,17 @@ def check_file(path: str, output: str | None, kind: str | None = None, workers: 
         rows.append(row)
     if not rows:
         raise UserError(f"{path} has no lines; each line needs gold and response")
-    pairs = [(str(row["gold"]), None if row["response"] is None else str(row["response"])) for row in rows]
+    pairs = [(_text(row["gold"]) or "", _text(row["response"])) for row in rows]
     verdicts = verify_many(pairs, kind=kind, workers=workers)
-    if output:
+    if output is not None:
         _write(output, rows, verdicts)
     counts = Counter(verdict.status for verdict in verdicts)
     print(f"{len(rows)} pairs: " + ", ".join(f"{counts[status]} {status}" for status in Status))
     return 0
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def _write(output: str, rows: Sequence[Mapping[str, Any]], verdicts: Sequence[Verdict]) -> None:
@@ -74,4 +83,4 @@ def _write(output: str, rows: Sequence[Mapping[str, Any]], verdicts: Sequence[Ve
                 added = {"verdict": str(verdict.status), "rule": verdict.rule, "answer": verdict.answer}
                 file.write(json.dumps({**row, **added}, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}; choose a writable path") from error
+        raise UserError(f"cannot write {output!r}: {error.strerror}; choose a writable path") from error

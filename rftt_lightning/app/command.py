@@ -54,7 +54,7 @@ def run_command(function: Callable[..., Any], args: Sequence[str], prog: str) ->
     config = parser.parse_args(list(args))
     settings = parser.instantiate(config)
     settings.pop("config", None)
-    if not settings.get("out"):
+    if "out" not in settings:
         function(**vars(settings))
         return 0
     saved = Path(settings.out) / CONFIG
@@ -89,11 +89,14 @@ def save_config(text: str, folder: str | Path) -> None:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
 
 
-def make_folder(folder: str | Path) -> None:
-    """Make an output folder if need be. Raises :class:`UserError` if it cannot be made or written to."""
+def make_folder(folder: str | Path, option: str = "--out") -> None:
+    """Make the output folder that ``option`` names if need be. Raises :class:`UserError` if it cannot be made or written to,
+    and for an empty name, which would be the working directory."""
+    if not str(folder):
+        raise UserError(f"{option} is empty; give a folder")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out") from error
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another {option}") from error
     if not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write to {folder}: Permission denied; choose another --out")
+        raise UserError(f"cannot write to {folder}: Permission denied; choose another {option}")

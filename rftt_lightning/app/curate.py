@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from rich.progress import track
 from rich.table import Table
 
 from rftt_lightning.app.command import run_command
-from rftt_lightning.core.contracts import Backend, ProblemSource
+from rftt_lightning.core.contracts import Backend, ProblemSource, UserError
+from rftt_lightning.core.tree import Tree
 from rftt_lightning.search.curate import Curator, Report
-from rftt_lightning.search.store import MANIFEST, describe, manifest, read_trees, size, write_trajectories
+from rftt_lightning.search.store import MANIFEST, describe, digest, manifest, read_trees, size, write_trajectories
 
 
 def curate(
@@ -29,14 +31,14 @@ def curate(
 
     Args:
         trees: store written by `rftt search`.
-        source: the source of its problems (states answers as text).
+        source: the source that the trees were grown from (states answers as text).
         backend: the model that writes the verify texts.
         curator: how paths are chosen and merged.
         out: folder of the trajectories; an earlier result there is replaced, unless it came of the same trees and settings.
         overwrite: replace it even then.
     """
     settings = {
-        "trees": {"folder": trees, "count": size(trees, "trees"), "settings": manifest(trees, "trees")["settings"]},
+        "trees": {"folder": trees, "settings": manifest(trees, "trees")["settings"], "digest": digest(trees, "trees")},
         "source": type(source).__qualname__,
         "curator": describe(curator),
         "backend": getattr(backend, "name", type(backend).__qualname__),
@@ -46,11 +48,9 @@ def curate(
         print(f"trajectories: {out} (done before; --overwrite true makes them again)")
         return
     report, order = Report(), {problem.id: number for number, problem in enumerate(source.problems())}
-    grown = track(read_trees(trees), "trees", total=settings["trees"]["count"])
+    grown = track(_of_source(read_trees(trees), source), "trees", total=size(trees, "trees"))
     made = list(curator.curate(grown, source, backend, report))
-    made.sort(
-        key=lambda trajectory: order.get(trajectory.problem.id, len(order))
-    )  # whatever order trees were finished in
+    made.sort(key=lambda trajectory: order[trajectory.problem.id])  # whatever order trees were finished in
     summary = json.dumps(report_json(report), indent=2) + "\n"
     (Path(out) / "report.json").write_text(summary, encoding="utf-8")
     write_trajectories(out, made, settings)  # last: it makes the result whole
@@ -58,6 +58,18 @@ def curate(
     print(f"trajectories: {out}")
     if not made:
         print("nothing was kept: no tree has a correct path that could be used; see report.json for the reasons")
+
+
+def _of_source(trees: Iterable[Tree], source: ProblemSource) -> Iterator[Tree]:
+    """The trees; UserError at the first one whose problem is none of the source's."""
+    questions = {problem.id: problem.question for problem in source.problems()}
+    for tree in trees:
+        if questions.get(tree.problem.id) != tree.problem.question:
+            raise UserError(
+                f"the source has no problem {tree.problem.id!r} with the question that its tree has; give curate the "
+                "source that the trees were grown from"
+            )
+        yield tree
 
 
 def report_json(report: Report) -> dict[str, Any]:

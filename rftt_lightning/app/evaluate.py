@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Table
 from rftt_lightning.app.command import run_command
 from rftt_lightning.app.search import harvest
 from rftt_lightning.core.contracts import Backend, Problem, ProblemSource, Reward, Rollout, Status, UserError
+from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.core.tree import Tree
 from rftt_lightning.search.expand import Expander
@@ -49,7 +49,7 @@ def evaluate(
     Args:
         source: the problems, and the judge of the answers.
         backend: the model.
-        reward: what search backs up; must not look at the gold answer (Confidence, or a process reward).
+        reward: what search backs up; must not look at the gold answer (Confidence does not).
         greedy: how the single answer is made (rollouts 1, temperature 0); null leaves it out.
         search: how n rollouts are made; null leaves them out.
         rollouts: the n to report; the first n rollouts of one search serve for each.
@@ -60,22 +60,15 @@ def evaluate(
         concurrency: trees that grow together.
         overwrite: begin anew instead of continuing.
     """
-    if greedy is None and search is None:
-        raise UserError("nothing to evaluate: give greedy, search, or both")
-    if search and max(rollouts) > search.rollouts:
-        raise UserError(
-            f"rollouts asks for n = {max(rollouts)}, the search makes {search.rollouts}; raise search.rollouts"
-        )
-    table = TokenTable.from_yaml(tokens)
+    table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
+    _check(reward, greedy, search, rollouts, checks, table)
     results: dict[str, Any] = {"problems": len(source.problems())}
     for name, expander in (("greedy", greedy), ("search", search)):
         if expander is None:
             continue
-        began = time.monotonic()
-        trees = harvest(
+        trees, seconds = harvest(
             source, backend, expander, reward, Path(out) / name, seed=seed, concurrency=concurrency, overwrite=overwrite
         )
-        seconds = time.monotonic() - began
         if name == "greedy":
             results[name] = _greedy(trees, seconds, source, table, checks)
         else:
@@ -89,6 +82,40 @@ def evaluate(
         plot_rollouts(results, folder / "accuracy.png")
     print(f"results: {folder / 'results.json'}")
     return results
+
+
+def _check(
+    reward: Reward,
+    greedy: Expander | None,
+    search: Expander | None,
+    rollouts: Sequence[int],
+    checks: Sequence[str],
+    table: TokenTable,
+) -> None:
+    """Raises :class:`UserError` where figures would not be what they are called."""
+    if greedy is None and search is None:
+        raise UserError("nothing to evaluate: give greedy, search, or both")
+    for name in checks:
+        if name not in table.names:
+            raise UserError(f"checks names {name!r}, which is not among the tokens {', '.join(table.names)}")
+    if greedy and (greedy.rollouts > 1 or greedy.sampling.temperature > 0):
+        raise UserError(
+            f"greedy.rollouts is {greedy.rollouts} and greedy.sampling.temperature {greedy.sampling.temperature}; a greedy "
+            "answer has 1 and 0, anything else is a search"
+        )
+    if search is None:
+        return
+    if not rollouts or min(rollouts) < 1:
+        raise UserError(f"rollouts is {list(rollouts)}; give one n or more, each at least 1")
+    if max(rollouts) > search.rollouts:
+        raise UserError(
+            f"rollouts asks for n = {max(rollouts)}, the search makes {search.rollouts}; raise search.rollouts"
+        )
+    if reward.uses_gold:
+        raise UserError(
+            f"the value of {type(reward).__name__} knows the gold answer and would steer the search to it; use Confidence, "
+            "or a reward with uses_gold = False"
+        )
 
 
 def _greedy(

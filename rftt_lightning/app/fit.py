@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from rftt_lightning.app.command import one_line, refuse_malformed
 from rftt_lightning.core.contracts import UserError
+from rftt_lightning.training import checkpoints
 
 
 class FitParser(LightningArgumentParser):
@@ -21,26 +21,43 @@ class FitParser(LightningArgumentParser):
         raise UserError(one_line(message)) from ex
 
 
-class FitCLI(LightningCLI):
-    """LightningCLI with :class:`FitParser`; the saved ``config.yaml`` may be replaced, and what the user asked for is never
-    changed in silence by the hyper-parameters in a checkpoint (LightningCLI merges them into the config)."""
+class SaveConfig(SaveConfigCallback):
+    """Saves the config when training really starts: a run that is refused, or only validates, leaves the earlier one. It names no
+    checkpoint, for that may be gone when the run is repeated."""
 
-    NAMED: ClassVar[tuple[str, ...]] = ("last", "best")
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.config = self.config.clone()
+        self.config["ckpt_path"] = None
+        super().setup(trainer, pl_module, "fit")
+
+
+class FitCLI(LightningCLI):
+    """LightningCLI with :class:`FitParser` and :class:`SaveConfig`; what the user asked for is never changed in silence by the
+    hyper-parameters in a checkpoint (LightningCLI merges them into the config)."""
+
+    NAMED: ClassVar[tuple[str, ...]] = ("last",)
     """What ``ckpt_path`` may be besides a file."""
+    MARK: ClassVar[str] = "pytorch-lightning_version"
+    """Entry of every checkpoint that the command writes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Lightning calls jsonargparse by names that it deprecates; nothing that a user could mend.
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-        kwargs.setdefault("save_config_kwargs", {"overwrite": True})
-        super().__init__(*args, parser_class=FitParser, **kwargs)
+        save = {"save_config_callback": SaveConfig, "save_config_kwargs": {"overwrite": True}}
+        super().__init__(*args, parser_class=FitParser, **save, **kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
         refuse_malformed(args)
         self.config = parser.parse_args(list(args))
         self.asked = self.config.clone()
-        path = self.config[self.config.subcommand].get("ckpt_path")
-        if path and path not in self.NAMED and not Path(path).exists():
-            raise UserError(f"no checkpoint at {path}; give a .ckpt file of an earlier run, or null")
+        path, seed = (self.config[self.config.subcommand].get(name) for name in ("ckpt_path", "seed_everything"))
+        if isinstance(seed, bool) or not 0 <= seed < 1 << 32:
+            raise UserError(f"seed_everything is {seed}; use a number in 0..{(1 << 32) - 1}, which repeats the run")
+        if path and path not in self.NAMED:
+            checkpoints.read(path, self.MARK, "meta")
 
     def before_instantiate_classes(self) -> None:
         self.config = self.asked
@@ -48,5 +65,5 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError, TypeError) as error:
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
             raise UserError(f"trainer: {one_line(error)}") from error

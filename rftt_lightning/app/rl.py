@@ -12,6 +12,7 @@ from rftt_lightning.training.rl import RLModule
 
 class RLCLI(FitCLI):
     NAMED = ("last", "none")
+    MARK = "settings"
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(self.trainer_class, "trainer", instantiate=False, sub_configs=True)

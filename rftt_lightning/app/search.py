@@ -22,7 +22,10 @@ from rftt_lightning.core.tree import Tree
 from rftt_lightning.search import driver
 from rftt_lightning.search.expand import Expander
 from rftt_lightning.search.problems import refuse_overlap
-from rftt_lightning.search.store import Store, describe, read_trees
+from rftt_lightning.search.store import Store, describe, read_trees, size
+
+SUMMARY = "summary.json"
+"""Name of a search's counts and costs in the folder of its store."""
 
 
 def search(
@@ -56,10 +59,9 @@ def search(
     for other in held_out:
         refuse_overlap(source.problems(), other.problems(), allow_overlap=allow_overlap)
     settings = {"seed": seed, "concurrency": concurrency, "parallel": parallel, "overwrite": overwrite}
-    progress = grow_into(out, source, backend, expander, reward, **settings)
-    costs = _costs(Path(out) / "summary.json", progress, overwrite)
+    costs = grow_into(out, source, backend, expander, reward, **settings)
     summary = {**summarise(stored(out, source)), **costs}
-    (Path(out) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (Path(out) / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     table = Table("", "", title=f"search of {summary['problems']} problems", show_header=False)
     for name, value in summary.items():
         table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
@@ -69,11 +71,12 @@ def search(
 
 def harvest(
     source: ProblemSource, backend: Backend, expander: Expander, reward: Reward, folder: str | Path, **settings: Any
-) -> list[Tree]:
-    """:func:`grow_into`, and then all the trees, in the order of the source."""
-    grow_into(folder, source, backend, expander, reward, **settings)
+) -> tuple[list[Tree], float]:
+    """:func:`grow_into`, and then all the trees, in the order of the source, and the seconds that growing them took."""
+    seconds = grow_into(folder, source, backend, expander, reward, **settings)["seconds"]
     order = {problem.id: number for number, problem in enumerate(source.problems())}
-    return sorted(stored(folder, source), key=lambda tree: order[tree.problem.id])
+    trees = sorted(stored(folder, source), key=lambda tree: order[tree.problem.id])
+    return trees, seconds * len(trees) / size(folder, "trees")
 
 
 def grow_into(
@@ -87,13 +90,16 @@ def grow_into(
     concurrency: int,
     parallel: int = 1,
     overwrite: bool = False,
-) -> driver.Progress:
-    """Grow the trees that a store still lacks, and store each as soon as it is finished. SIGTERM stops it as Ctrl-C does."""
-    problems, progress = source.problems(), driver.Progress()
+) -> dict[str, float]:
+    """Grow the trees that a store still lacks, and store each as soon as it is finished. SIGTERM stops it as Ctrl-C does.
+    Returns seconds of search over all runs, interrupted ones included, and rates of the last that grew anything."""
+    problems, progress, summary = source.problems(), driver.Progress(), Path(folder) / SUMMARY
     store = Store(
         folder, "trees", _settings(source, expander, reward, backend, seed, parallel), overwrite, backend.version
     )
     todo = [problem for problem in problems if not _known(problem, store)]
+    if overwrite:
+        summary.unlink(missing_ok=True)
     with _bar() as bar, _terminable(), closing(store):
         task = bar.add_task("trees", total=len(problems), completed=len(problems) - len(todo), rates="")
         grown = driver.grow(
@@ -108,10 +114,13 @@ def grow_into(
             progress=progress,
             tick=lambda p: bar.update(task, rates=_rates(p)),
         )
-        for _, tree in grown:
-            store.add(tree.problem.id, tree.to_json())
-            bar.advance(task)
-    return progress
+        try:
+            for _, tree in grown:
+                store.add(tree.problem.id, tree.to_json())
+                bar.advance(task)
+        finally:
+            costs = _costs(summary, progress)
+    return costs
 
 
 def _known(problem: Problem, store: Store) -> bool:
@@ -203,17 +212,17 @@ def summarise(trees: Iterable[Tree]) -> dict[str, Any]:
     }
 
 
-def _costs(path: Path, progress: driver.Progress, overwrite: bool) -> dict[str, float]:
-    """Seconds of search over all runs that came to their end, the earlier ones from the last summary; rates of this run."""
-    names, earlier = ("seconds", "trees_per_second", "tokens_per_second"), {}
-    if path.exists() and not overwrite:
+def _costs(path: Path, progress: driver.Progress) -> dict[str, float]:
+    """Seconds and rates of the summary at ``path``, to which a run that made any rollout adds its own."""
+    names, summary, seconds = ("seconds", "trees_per_second", "tokens_per_second"), {}, progress.seconds
+    if path.exists():
         with suppress(ValueError):  # torn by a kill
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-    if not progress.trees:
-        return {name: earlier.get(name, 0.0) for name in names}
-    seconds = progress.seconds
-    costs = (round(seconds + earlier.get("seconds", 0.0), 3), progress.trees / seconds, progress.tokens / seconds)
-    return dict(zip(names, costs, strict=True))
+            summary = json.loads(path.read_text(encoding="utf-8"))
+    if progress.rollouts:
+        total = round(summary.get("seconds", 0.0) + seconds, 3)
+        summary |= dict(zip(names, (total, progress.trees / seconds, progress.tokens / seconds), strict=True))
+        path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return {name: summary.get(name, 0.0) for name in names}
 
 
 def main(args: list[str]) -> int | None:

@@ -10,12 +10,19 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rftt_lightning.app.command import run_command
-from rftt_lightning.core.contracts import QUESTION, Message
+from rftt_lightning.app.command import make_folder, run_command
+from rftt_lightning.core.contracts import QUESTION, Message, UserError
 from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.policy.hf import HFBackend
-from rftt_lightning.policy.vocab import Vocabulary, add_functional_tokens, load, masked_log_softmax
+from rftt_lightning.policy.vocab import (
+    Vocabulary,
+    add_functional_tokens,
+    check_round_trip,
+    load,
+    masked_log_softmax,
+    matrices,
+)
 
 QUESTIONS = ["What is 7 * 8 - 6?", "3 7 12 target 9", "A train travels 60 km in 45 minutes. How fast is it in km/h?"]
 
@@ -40,6 +47,10 @@ def tokens(
         seed: of the added rows' noise.
         save: folder to save the model with its functional tokens to.
     """
+    if not questions:
+        raise UserError("questions is empty; give at least one, at whose beginning the probabilities are read")
+    if save is not None:
+        make_folder(save, "--save")
     names = TokenTable.from_yaml(resolve(table) if table else None)
     console = Console(width=150)
     before, tokenizer = load(model, "float32")
@@ -48,13 +59,30 @@ def tokens(
     models = {"before": (before, tokenizer)}
     if trained:
         models["after"] = load(trained, "float32")
+        if _ids(models["after"][1], names) != _ids(tokenizer, names):
+            raise UserError(
+                f"{trained} has the functional tokens under other ids than {model}; compare a model with itself"
+            )
     console.print(_rows(models, names, questions))
     for name, (network, _) in models.items():
-        console.print(_similarities(network, tokenizer, names, name))
-    if save:
+        for kind, weight in _weights(network).items():
+            console.print(_similarities(weight, _ids(tokenizer, names), names, f"{kind} rows, {name}"))
+    if save is not None:
         before.save_pretrained(save)
         tokenizer.save_pretrained(save)
         print(f"model: {save}")
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, names: TokenTable) -> list[tuple[int, int]]:
+    """Opening and closing id of each functional token."""
+    check_round_trip(tokenizer, names)
+    known = tokenizer.get_vocab()
+    return [(known[token.open], known[token.close]) for token in names.tokens]
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Input rows and, if the head is not tied to them, output rows, both [V, hidden]."""
+    return dict(zip(("input", "output"), matrices(model), strict=False))
 
 
 def _rows(
@@ -62,21 +90,21 @@ def _rows(
 ) -> Table:
     """One line a token: ids, norms of its rows, mean probability over the states in which it is legal."""
     table = Table(
-        title="functional tokens: ids, norms of input rows, probability at legal positions (grammar mask, T = 1)"
+        title="functional tokens, one id each: norms of rows, probability at legal positions (grammar mask, T = 1)"
     )
-    for column in ("token", "id", "closing id", "ids each"):
+    for column in ("token", "id", "closing id"):
         table.add_column(column)
-    for name in models:
-        table.add_column(f"norm {name}", justify="right")
+    for name, (model, _) in models.items():
+        for kind in _weights(model):
+            table.add_column(f"{kind} norm {name}", justify="right")
         table.add_column(f"p {name}", justify="right")
     chances = {name: probabilities(*pair, names, questions) for name, pair in models.items()}
-    for index, token in enumerate(names.tokens):
-        tokenizer = models["before"][1]
-        ids = [tokenizer(tag, add_special_tokens=False)["input_ids"] for tag in (token.open, token.close)]
-        cells = [token.open, str(ids[0][0]), str(ids[1][0]), f"{len(ids[0])}, {len(ids[1])}"]
+    ids = _ids(models["before"][1], names)
+    for index, (token, (opening, closing)) in enumerate(zip(names.tokens, ids, strict=True)):
+        cells = [token.open, str(opening), str(closing)]
         for name, (model, _) in models.items():
-            norm = model.get_input_embeddings().weight[ids[0][0]].float().norm()
-            cells += [f"{norm:.3f}", f"{chances[name][index]:.4f}"]
+            cells += [f"{weight[opening].float().norm():.3f}" for weight in _weights(model).values()]
+            cells.append(f"{chances[name][index]:.4f}")
         table.add_row(*cells)
     return table
 
@@ -104,11 +132,10 @@ def probabilities(
     return total / count.clamp(min=1)
 
 
-def _similarities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: TokenTable, title: str) -> Table:
-    """Cosine similarities of the opening tokens' input rows."""
-    ids = tokenizer.convert_tokens_to_ids([token.open for token in names.tokens])
-    rows = normalize(model.get_input_embeddings().weight.detach()[ids].float(), dim=1)
-    table = Table("", *names.names, title=f"cosine similarity of input rows, {title}")
+def _similarities(weight: Tensor, ids: list[tuple[int, int]], names: TokenTable, title: str) -> Table:
+    """Cosine similarities of the opening tokens' rows."""
+    rows = normalize(weight.detach()[[opening for opening, _ in ids]].float(), dim=1)
+    table = Table("", *names.names, title=f"cosine similarity of {title}")
     for name, line in zip(names.names, rows @ rows.T, strict=True):
         table.add_row(name, *(f"{value:.2f}" for value in line.tolist()))
     return table

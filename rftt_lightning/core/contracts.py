@@ -283,7 +283,10 @@ class ProblemSource(ABC):
 
 
 class Reward(ABC):
-    """Scores paths. Swap by ``class_path``."""
+    """Scores paths. Swap by ``class_path``. ``uses_gold``: does ``Score.value`` hang on the gold answer? Such a reward may steer
+    search for training, never at inference; one that may says ``uses_gold = False``."""
+
+    uses_gold: bool = True
 
     @abstractmethod
     def score(self, source: ProblemSource, rollouts: Sequence[Rollout]) -> list[Score]:

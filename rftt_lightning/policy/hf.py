@@ -44,7 +44,7 @@ class HFBackend(Backend):
         model: Hugging Face folder, ``pkg:`` path or hub name.
         tokens: functional-token table (YAML); None is the paper's.
         batch_size: rows decoded together.
-        dtype: "auto" takes the checkpoint's; on CPU "float32" is usually fastest.
+        dtype: "auto" takes the checkpoint's on a GPU, and "float32" on the CPU, where it is usually fastest.
         device: "auto" is CUDA if there is one, else the CPU.
         attention: Transformers' attention implementation.
         mask: functional tokens that are never legal (masking verify and refine at inference, say).
@@ -69,7 +69,8 @@ class HFBackend(Backend):
             if name not in table.names:
                 raise UserError(f"backend.mask names {name!r}, which is not among the tokens {', '.join(table.names)}")
         self._bind(*load(model, dtype, attention, device), table.without(*mask), batch_size)
-        self.name = f"{model} {_fingerprint(self.model)}"  # stores refuse to mix the trees of two models
+        precision = str(self.model.dtype).removeprefix("torch.")
+        self.name = f"{model} {fingerprint(self.model)} {precision}"  # stores refuse to mix the trees of two models
 
     @classmethod
     def live(
@@ -203,7 +204,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel) -> str:
     """Tells apart two trainings in one folder: a digest of the first numbers of every tensor."""
     heads = (p.detach().flatten()[:16].float().cpu().numpy().tobytes() for p in model.parameters())
     return hashlib.blake2b(b"".join(heads), digest_size=4).hexdigest()

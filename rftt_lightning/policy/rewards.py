@@ -37,6 +37,8 @@ class OutcomeReward(Reward):
 class Confidence(Reward):
     """For inference: search backs up the policy's own confidence, never the gold answer, which only the verdict knows."""
 
+    uses_gold = False
+
     def __init__(self, tokens: str | None = None) -> None:
         self.table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
 
@@ -117,6 +119,10 @@ class Blend(Reward):
     def score(self, source: ProblemSource, rollouts: Sequence[Rollout]) -> list[Score]:
         pairs = zip(self.outcome.score(source, rollouts), self.process.score(source, rollouts), strict=True)
         return [replace(a, rewards=self._sum(a, b), steps=b.steps) for a, b in pairs]
+
+    @property
+    def uses_gold(self) -> bool:  # type: ignore[override]
+        return self.outcome.uses_gold
 
     def _sum(self, outcome: Score, process: Score) -> tuple[float, ...]:
         pairs = zip(outcome.rewards, process.rewards, strict=True)

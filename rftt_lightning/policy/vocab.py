@@ -26,6 +26,7 @@ from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 
 INITS = ("description", "random", "mean")
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>|<unused_?\d+>|<\|dummy_\d+\|>")
 """Names under which tokenizers keep rows for their users (Llama 3, Gemma, Phi)."""
@@ -34,8 +35,16 @@ RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>|<unused_?\d+>|<\|dummy_
 def load(
     path: str, dtype: str = "auto", attention: str = "sdpa", device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer from a folder, a ``pkg:`` path or the hub. Raises :class:`UserError` if either cannot be read, or
-    if the tokenizer has ids that the model has no rows for."""
+    """Model and tokenizer from a folder, a ``pkg:`` path or the hub; ``dtype`` is one of :data:`DTYPES`. Raises
+    :class:`UserError` if either cannot be read, if the tokenizer has ids that the model has no rows for, or if this machine
+    lacks the device."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # whatever the device's part of torch raises
+        reason = str(error).splitlines()[0][:100]
+        raise UserError(f"device is {str(device)!r}: {reason}; use auto, or a device of this machine") from error
     where = resolve(path)
     local = path.startswith(("pkg:", ".", "/")) or path.count("/") > 1
     if local and not (Path(where) / "config.json").is_file():
@@ -43,7 +52,7 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load a model from {path!r}: {reason}") from error
     rows = model.get_input_embeddings().weight.shape[0]
@@ -87,7 +96,7 @@ def add_functional_tokens(
     if needed > rows:
         model.resize_token_embeddings(needed, mean_resizing=False)
     generator = torch.Generator().manual_seed(seed)
-    for weight in _matrices(model):
+    for weight in matrices(model):
         _initialise(weight, tokenizer, table, fresh, old, init, generator)
     check_round_trip(tokenizer, table)
     return [tokenizer.get_vocab()[tag] for tag in fresh]
@@ -107,7 +116,7 @@ def _rename_reserved(tokenizer: PreTrainedTokenizerBase, tags: Sequence[str]) ->
     tokenizer.extra_special_tokens = [t for t in tokenizer.extra_special_tokens if str(t) not in names]
 
 
-def _matrices(model: PreTrainedModel) -> list[Tensor]:
+def matrices(model: PreTrainedModel) -> list[Tensor]:
     """Input embedding and, if it is another tensor, output embedding, both [V, hidden]."""
     inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     return [inputs] if head is None or head.weight.data_ptr() == inputs.data_ptr() else [inputs, head.weight]

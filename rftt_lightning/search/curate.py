@@ -104,6 +104,8 @@ class Curator:
                     f"curation needs the functional token {name!r}, the table has {', '.join(self.table.names)}"
                 )
         self.prompts = read_prompts(prompts, self.table.names)
+        if max_tokens < 1:
+            raise UserError(f"curator.max_tokens is {max_tokens}; it must be at least 1")
         if merges < 0:
             raise UserError(f"curator.merges is {merges}; it must be 0 (plain paths only) or more")
         self.alpha, self.merges, self.verify_share, self.preparing = alpha, merges, verify_share, tuple(preparing)

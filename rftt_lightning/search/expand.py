@@ -44,9 +44,11 @@ def seed_of(*parts: object) -> int:
 
 
 class Expander(ABC):
-    """Settings of a search: how many rollouts a problem, how leaves grow. ``c`` is UCT's exploration weight."""
+    """Settings of a search: how many rollouts a problem, how leaves grow, how tokens are drawn. ``c`` is UCT's exploration
+    weight."""
 
     rollouts: int
+    sampling: Sampling
     c: float
 
     def plant(self, problem: Problem, backend: Backend) -> Tree:

@@ -116,12 +116,13 @@ class JsonlProblems(MathProblems):
         return read_jsonl(self.path) if self._is_file() else read_hub(self.path, self.subset, self.split)
 
     def read(self, row: Row, number: int) -> Problem:
+        given = {field: value for field, value in row.items() if value is not None}
         return Problem(
-            id=f"{self.name}/{row.get(self.fields['id'], number)}",
-            question=str(row[self.fields["question"]]),
-            answer=_GOLDS[self.gold](str(row[self.fields["answer"]])),
-            level=str(row.get(self.fields["level"], "")),
-            subject=str(row.get(self.fields["subject"], "")),
+            id=f"{self.name}/{given.get(self.fields['id'], number)}",
+            question=text_of(row, self.fields["question"]),
+            answer=_GOLDS[self.gold](text_of(row, self.fields["answer"], or_number=True)),
+            level=str(given.get(self.fields["level"], "")),
+            subject=str(given.get(self.fields["subject"], "")),
         )
 
 
@@ -159,7 +160,7 @@ class MATH(JsonlProblems):
 
     def read(self, row: Row, number: int) -> Problem:
         if "answer" not in row:
-            row = {**row, "answer": gold_boxed(str(row["solution"]))}
+            row = {**row, "answer": gold_boxed(text_of(row, "solution"))}
         if "subject" not in row and "type" in row:
             row = {**row, "subject": row["type"]}
         return super().read(row, number)
@@ -185,10 +186,11 @@ class OlympiadBench(JsonlProblems):
         answers = row["final_answer"]
         if not isinstance(answers, list) or not answers:
             raise ValueError(f"final_answer is {answers!r}, not a list of answers; mend this record")
+        answers = [text_of({"final_answer": answer}, "final_answer", or_number=True) for answer in answers]
         context = str(row["context"]).strip() + "\n\n" if row.get("context") else ""
         return Problem(
-            id=f"{self.name}/{row.get('id', number)}",
-            question=context + str(row["question"]).strip(),
+            id=f"{self.name}/{number if row.get('id') is None else row['id']}",
+            question=context + text_of(row, "question").strip(),
             answer=gold_olympiad(answers, bool(row.get("is_multiple_answer")), str(row.get("unit") or "")),
             subject=str(row.get("subfield") or ""),
             data={"error": row["error"]} if row.get("error") else {},
@@ -220,7 +222,16 @@ class Subset(ProblemSource):
         return self.source.check_steps(problem, steps)
 
 
-# -- gold answers
+# -- fields
+
+
+def text_of(row: Row, field: str, or_number: bool = False) -> str:
+    """The text of a field, or the spelling of a number if that may be one; ValueError for anything else, KeyError for none."""
+    value = row[field]
+    if isinstance(value, str) or (or_number and isinstance(value, int | float) and not isinstance(value, bool)):
+        return str(value)
+    asked = "text or a number" if or_number else "text"
+    raise ValueError(f"{field} is {json.dumps(value, default=str)[:40]}, not {asked}; mend or remove this record")
 
 
 def gold_plain(text: str) -> str:
@@ -270,28 +281,37 @@ _GOLDS = {"plain": gold_plain, "hash": gold_hash, "boxed": gold_boxed}
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, Row]]:
-    """Objects of a JSONL file with "file, line n". Blank lines are skipped. Raises :class:`UserError` on anything else."""
+    """Objects of a JSONL file with "file, line n", or of a JSON array with "file, record n". Blank lines are skipped. Raises
+    :class:`UserError` on anything else."""
     try:
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{path}, line {number}", _object(line, path, number)
+        content = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give the path of a JSONL file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason}; give a JSONL file") from error
+    if content.lstrip().startswith("["):
+        for number, row in enumerate(_parse(content, str(path)), 1):
+            yield _object(row, f"{path}, record {number}")
+        return
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            yield _object(_parse(line, place), place)
 
 
-def _object(line: str, path: str | Path, number: int) -> Row:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}, line {number}: not JSON ({error}); mend or remove this line") from error
+def _object(row: Any, place: str) -> tuple[str, Row]:
     if not isinstance(row, dict):
+        raise UserError(f"{place}: a JSON {type(row).__name__}, not an object {{…}}; mend or remove it")
+    return place, row
+
+
+def _parse(content: str, place: str) -> Any:
+    try:
+        return json.loads(content)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(
-            f"{path}, line {number}: a JSON {type(row).__name__}, not an object {{…}}; mend or remove this line"
-        )
-    return row
+            f"{place}: not JSON ({error}); mend or remove it (a file holds one object a line, or one array of objects)"
+        ) from error
 
 
 def read_hub(name: str, subset: str | None, split: str) -> Iterator[tuple[str, Row]]:

@@ -7,6 +7,7 @@ most the record being written, and a reader never sees half a one. Trajectories 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -34,11 +35,12 @@ Record = TypeVar("Record")
 class Store:
     """An open store: ``store.add(tree.problem.id, tree.to_json())`` appends a record.
 
-    ``Store(folder, kind, settings)`` makes the folder, or opens it where an earlier run left off: then its manifest must
-    have the same kind and settings, and a torn last line is cut off. ``done`` maps the ids that are there to their problems
-    (None in a record without one). ``version`` counts the policy updates before the run; like the source commit it is noted
-    in the manifest and not compared. Raises :class:`UserError` if settings differ, naming them, if the folder holds another
-    kind of store (which ``overwrite`` does not touch either), if another process is writing it, or if it cannot be written.
+    ``Store(folder, kind, settings)`` makes the folder, or opens it where an earlier run left off: then its manifest
+    must have the same kind and, if there is any record, the same settings, and a torn last line is cut off. ``done``
+    maps the ids that are there to their problems (None in a record without one). ``version`` counts the policy
+    updates before the run; like the source commit it is noted in the manifest and not compared. Raises
+    :class:`UserError` if settings differ, naming them, if the folder holds another kind of store (which ``overwrite``
+    does not touch either), if another process is writing it, or if it cannot be written.
     """
 
     def __init__(
@@ -46,18 +48,14 @@ class Store:
     ) -> None:
         self.folder, self.kind = Path(folder), kind
         self.done: dict[str, Any] = {}
-        self._lock = FileLock(self.folder / LOCK)
+        self._lock = _locked(self.folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(blocking=False)
             if overwrite:
                 _clear(self.folder, kind)
             self._open_manifest(json.loads(json.dumps(dict(settings))), version)
             for path in shards(self.folder, kind):
                 self.done.update((record["id"], record.get("problem")) for record in _records(path, mend=True))
             self._file = self._shard().open("a", encoding="utf-8")
-        except Timeout as error:
-            raise UserError(f"another process is writing {self.folder}; wait for it, or give another --out") from error
         except OSError as error:
             self._lock.release()
             raise _unwritable(self.folder, error) from error
@@ -66,15 +64,14 @@ class Store:
             raise
 
     def _open_manifest(self, settings: dict[str, Any], version: int) -> None:
-        if not (self.folder / MANIFEST).exists():
-            if shards(self.folder, self.kind):
-                raise UserError(
-                    f"{self.folder} holds {self.kind} and no {MANIFEST}; give another --out, or --overwrite true to begin anew"
-                )
+        known = manifest(self.folder, self.kind)["settings"] if (self.folder / MANIFEST).exists() else None
+        if not size(self.folder, self.kind):  # a run that came to nothing binds none that follows
             _write_manifest(self.folder, self.kind, settings, version)
-            return
-        known = manifest(self.folder, self.kind)["settings"]
-        if known != settings:
+        elif known is None:
+            raise UserError(
+                f"{self.folder} holds {self.kind} and no {MANIFEST}; give another --out, or --overwrite true to begin anew"
+            )
+        elif known != settings:
             raise UserError(
                 f"{self.folder} was begun with other settings ({differences(known, settings)}); give another --out, or "
                 "--overwrite true to begin anew"
@@ -149,6 +146,14 @@ def size(folder: str | Path, kind: str) -> int:
     return sum(path.read_bytes().count(b"\n") for path in shards(folder, kind))
 
 
+def digest(folder: str | Path, kind: str) -> str:
+    """Hexadecimal digest of all that a store's shards hold: another one when a record is added, lost or replaced."""
+    content = hashlib.blake2b(digest_size=16)
+    for path in shards(folder, kind):
+        content.update(path.read_bytes())
+    return content.hexdigest()
+
+
 def manifest(folder: str | Path, kind: str) -> dict[str, Any]:
     """The manifest of a store of this kind; raises :class:`UserError` if the folder is none."""
     path = Path(folder) / MANIFEST
@@ -176,11 +181,12 @@ def read_trajectories(folder: str | Path) -> Iterator[Trajectory]:
 
 
 def write_trajectories(folder: str | Path, trajectories: Iterable[Trajectory], settings: Mapping[str, Any]) -> None:
-    """Write a store of trajectories, replacing an earlier one; if it is killed meanwhile, the folder is no store."""
+    """Write a store of trajectories, replacing an earlier one; if it is killed meanwhile, the folder is no store. Raises
+    :class:`UserError` as :class:`Store` does."""
     folder, kind = Path(folder), "trajectories"
+    lock = _locked(folder)
     lines = (_line(f"{t.problem.id}#{number}", t.to_json()) for number, t in enumerate(trajectories))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         _clear(folder, kind)
         for shard in count(0):
             if not (text := "".join(islice(lines, SHARD))):
@@ -189,9 +195,24 @@ def write_trajectories(folder: str | Path, trajectories: Iterable[Trajectory], s
         _write_manifest(folder, kind, settings)
     except OSError as error:
         raise _unwritable(folder, error) from error
+    finally:
+        lock.release()
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------
+
+
+def _locked(folder: Path) -> FileLock:
+    """The lock of a store, taken; the folder is made if need be."""
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(f"another process is writing {folder}; wait for it, or give another --out") from error
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return lock
 
 
 def _clear(folder: Path, kind: str) -> None:

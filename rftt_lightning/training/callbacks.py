@@ -47,22 +47,25 @@ class Samples(Callback):
             return
         seen = {trajectory.problem.id: trajectory.problem for trajectory in trainer.datamodule.validation}
         problems = list(seen.values())[: self.count]
-        paths = self.answer(pl_module, problems)
-        log_use(writer, "samples", paths, pl_module.table, trainer.global_step)
-        for i, (problem, path) in enumerate(zip(problems[: self.shown], paths, strict=False)):
+        answered = self.answer(pl_module, problems)
+        log_use(writer, "samples", [path for _, path in answered], pl_module.table, trainer.global_step)
+        for i, (problem, path) in enumerate(answered[: self.shown]):
             text = f"{problem.question}\n\n{pl_module.table.render(path)}\n\n(gold: {problem.answer})"
             writer.add_text(f"samples/{i}", text.replace("<", "&lt;"), trainer.global_step)
 
-    def answer(self, module: LightningModule, problems: Sequence[Problem]) -> list[list[Step]]:
+    def answer(self, module: LightningModule, problems: Sequence[Problem]) -> list[tuple[Problem, list[Step]]]:
+        """Each problem with the answer to it; those that leave the model no room are left out."""
         backend = HFBackend.live(module.model, module.tokenizer, module.table)
         prompts = [backend.chat([Message("user", problem.question)]) for problem in problems]
         rooms = [min(self.max_tokens, backend.limit - len(prompt)) for prompt in prompts]
-        requests = [
-            Request(prompt, seed=i, max_tokens=room, sampling=self.sampling, after=QUESTION, segments=0)
+        requests = {
+            i: Request(prompt, seed=i, max_tokens=room, sampling=self.sampling, after=QUESTION, segments=0)
             for i, (prompt, room) in enumerate(zip(prompts, rooms, strict=True))
             if room > 0
-        ]
-        return [[segment.step for segment in completion.segments] for completion in backend.generate(requests)]
+        }
+        completions = backend.generate(list(requests.values()))
+        paths = ([segment.step for segment in completion.segments] for completion in completions)
+        return [(problems[i], path) for i, path in zip(requests, paths, strict=True)]
 
 
 class ExportHF(Callback):
@@ -78,11 +81,18 @@ class ExportHF(Callback):
             raise UserError(f"ExportHF: dtype is {dtype!r}; use float32, bfloat16, float16 or null")
         self.folder, self.dtype = folder, dtype
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._target(trainer).is_file():  # Transformers would only log it, after all the training
+            raise UserError(f"ExportHF: {self._target(trainer)} is a file; give a folder")
+
+    def _target(self, trainer: Trainer) -> Path:
+        return Path(self.folder or Path(trainer.default_root_dir) / "hf")
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         weights = self._whole(trainer, pl_module.model.all_tied_weights_keys)
         if not trainer.is_global_zero:
             return
-        folder = Path(self.folder or Path(trainer.default_root_dir) / "hf")
+        folder = self._target(trainer)
         pl_module.model.save_pretrained(folder, state_dict=weights)
         pl_module.tokenizer.save_pretrained(folder)
         print(f"model: {folder}")

@@ -19,8 +19,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rftt_lightning.core.contracts import Trajectory, UserError
+from rftt_lightning.core.contracts import ProblemSource, Trajectory, UserError
 from rftt_lightning.core.tokens import TokenTable
+from rftt_lightning.search.problems import refuse_overlap
 from rftt_lightning.search.store import read_trajectories
 
 
@@ -230,6 +231,8 @@ class TreeDataModule(lightning.LightningDataModule):
             with an attention that passes over other trajectories (flash_attention_2), slower on CPUs.
         max_length: longer trajectories (prompt included, in tokens) are dropped, and counted.
         val_fraction: share of problems, chosen by a hash of their ids, that is kept for validation.
+        held_out: benchmarks that must not overlap the trajectories' problems.
+        allow_overlap: go on in spite of an overlap; nothing is compared then.
         seed: of the order.
     """
 
@@ -241,6 +244,8 @@ class TreeDataModule(lightning.LightningDataModule):
         packing: bool = False,
         max_length: int = 8192,
         val_fraction: float = 0.05,
+        held_out: list[ProblemSource] = [],  # noqa: B006  jsonargparse shows the default
+        allow_overlap: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -251,6 +256,7 @@ class TreeDataModule(lightning.LightningDataModule):
             )
         self.folder, self.batch_size, self.max_tokens, self.packing = folder, batch_size, max_tokens, packing
         self.max_length, self.val_fraction, self.seed = max_length, val_fraction, seed
+        self.held_out = [] if allow_overlap else held_out
         self.train: list[Trajectory] = []
         self.validation: list[Trajectory] = []
         self._order: Batches | None = None
@@ -260,6 +266,8 @@ class TreeDataModule(lightning.LightningDataModule):
         trajectories = list(read_trajectories(self.folder))
         if not trajectories:
             raise UserError(f"{self.folder} holds no trajectories; make some with `rftt curate --out {self.folder}`")
+        for other in self.held_out:
+            refuse_overlap([t.problem for t in trajectories], other.problems())
         held_out = [share_of(t.problem.id) < self.val_fraction for t in trajectories]
         self.train = [t for t, held in zip(trajectories, held_out, strict=True) if not held]
         self.validation = [t for t, held in zip(trajectories, held_out, strict=True) if held]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import time
 from collections import Counter, defaultdict
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from lightning import Fabric
 from lightning.fabric.loggers import TensorBoardLogger
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,39 +20,48 @@ from torch import Tensor
 
 from rftt_lightning.core.contracts import Problem, ProblemSource, Provenance, Reward, Rollout, Status, UserError
 from rftt_lightning.core.tree import Tree
-from rftt_lightning.policy.hf import HFBackend
+from rftt_lightning.policy.hf import HFBackend, fingerprint
 from rftt_lightning.policy.rewards import Confidence
 from rftt_lightning.search import driver
-from rftt_lightning.search.expand import Expander, seed_of
+from rftt_lightning.search.expand import TokenExpander, seed_of
+from rftt_lightning.search.store import LOCK, describe, differences
 from rftt_lightning.search.vote import Accuracy
+from rftt_lightning.training import checkpoints
 from rftt_lightning.training.problems import ProblemDataModule
 from rftt_lightning.training.rl import MEASURED, RLBatch, RLModule, collate
+
+PRECISIONS = ("32-true", "bf16-mixed")
+"""Weights are in float32 in both: in half precision most of RL's small updates would be rounded away."""
 
 
 class RLTrainer:
     """Trainer of ``rftt rl``: interleaves tree search with REINFORCE++ updates.
 
     Args:
-        expander: how rollouts are made.
+        expander: how rollouts are made; its sampling temperature must be the model's.
         reward: what they are worth.
         greedy: how validation answers are made; null leaves validation out.
         out: folder of the run: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/, hf/.
         max_steps: steps; each rolls out one batch of problems and learns from it.
-        mini_batches: optimizer updates a step; epochs: passes over the rollouts.
+        mini_batches: optimizer updates a step, fewer where a device has fewer rollouts; epochs: passes over the rollouts.
         micro_batch: rollouts that go through the model at once when learning.
-        gradient_clip: largest norm of the gradient.
+        gradient_clip: largest norm of the gradient, above 0.
         validate_every, checkpoint_every: steps; keep: checkpoints kept.
         concurrency, parallel, decode_batch: trees that grow together, rollouts under way in one, rows decoded together.
-        seed: of everything; a step depends on it and on the step's number alone.
-        accelerator, devices, num_nodes, strategy, precision: of Fabric. Weights are whole on each device.
+        seed: of sampling and of the shuffling into mini-batches; the problems' order has data.seed, added rows of the
+            vocabulary model.seed. A step depends on these and on its number alone.
+        accelerator, devices, num_nodes, strategy: of Fabric. Weights are whole on each device.
+        precision: 32-true, or bf16-mixed for weights in float32 and forward passes (rollouts too) in bfloat16.
         callbacks: objects whose ``on_step_end(trainer, module, metrics)`` is called after each step.
+
+    Raises :class:`UserError` for values out of range.
     """
 
     def __init__(
         self,
-        expander: Expander,
+        expander: TokenExpander,
         reward: Reward,
-        greedy: Expander | None = None,
+        greedy: TokenExpander | None = None,
         out: str = "runs/rl",
         max_steps: int = 100,
         mini_batches: int = 1,
@@ -81,23 +90,31 @@ class RLTrainer:
             "validate_every",
             "checkpoint_every",
             "keep",
+            "concurrency",
+            "parallel",
+            "decode_batch",
+            "num_nodes",
         ):
             if locals()[name] < 1:
                 raise UserError(f"trainer.{name} is {locals()[name]}; it must be at least 1")
+        if not gradient_clip > 0:
+            raise UserError(f"trainer.gradient_clip is {gradient_clip}; it must be above 0")
+        if precision not in PRECISIONS:
+            raise UserError(f"trainer.precision is {precision}; use {' or '.join(PRECISIONS)}")
+        if not out:
+            raise UserError("trainer.out is empty; give a folder")
         self.expander, self.reward, self.greedy, self.out = expander, reward, greedy, Path(out)
         self.max_steps, self.mini_batches, self.epochs, self.micro_batch = max_steps, mini_batches, epochs, micro_batch
         self.gradient_clip, self.validate_every = gradient_clip, validate_every
         self.checkpoint_every, self.keep = checkpoint_every, keep
         self.concurrency, self.parallel, self.decode_batch, self.seed = concurrency, parallel, decode_batch, seed
-        self.callbacks = callbacks or []
-        self.logger = TensorBoardLogger(str(self.out), name="", version="")
+        self.precision, self.callbacks = precision, callbacks or []
         self.fabric = Fabric(
             accelerator=accelerator,
             devices=devices,
             num_nodes=num_nodes,
             strategy=strategy,
             precision=precision,  # type: ignore[arg-type]
-            loggers=self.logger,
             callbacks=self.callbacks,
         )
         self.stop_asked = False
@@ -120,56 +137,105 @@ class RLTrainer:
     def fit(self, model: RLModule, datamodule: ProblemDataModule, ckpt_path: str | None = None) -> None:
         """Train; goes on at the last checkpoint of ``out`` if there is one.
 
+        A checkpoint goes on only with what its numbers depend on: model, data, expander, reward, seeds and the learning's
+        settings. Others may change: those of cost (micro_batch, concurrency, decode_batch, devices), validation, checkpoints,
+        callbacks; max_steps only if the learning rate does not fall towards it (model.final_lr 1).
+
         Args:
-            ckpt_path: a checkpoint to begin from; null is the newest one in ``out``, "none" begins anew.
+            ckpt_path: a checkpoint to begin from; null is the newest one in ``out`` if there is one, "last" insists on it, "none"
+                begins anew. What a run in ``out`` wrote after that point is replaced.
         """
-        self._launch(model, "fit")
-        optimizer = model.configure_optimizers()
-        module, optimizer = self.fabric.setup(model, optimizer)
-        for reference in model._reference:
-            reference.to(self.fabric.device)
+        self._check(model, datamodule)
+        self.fabric.launch()
+        if datamodule.batch_size < self.fabric.world_size:
+            raise UserError(f"data.batch_size is below the {self.fabric.world_size} devices; each needs a problem")
+        with self._locked():
+            module, optimizer = self.fabric.setup(model, model.configure_optimizers())
+            for reference in model._reference:
+                reference.to(self.fabric.device)
+            settings = self._settings(model, datamodule)
+            first = self._resume(model, optimizer, settings, ckpt_path)
+            self.logger = TensorBoardLogger(str(self.out), name="", version="", purge_step=first)
+            self.fabric.call("on_train_start", trainer=self, pl_module=model)
+            self._loop(first, module, model, optimizer, datamodule, settings)
+            self._export(model)
+
+    def _loop(
+        self,
+        first: int,
+        module: Any,
+        model: RLModule,
+        optimizer: Any,
+        data: ProblemDataModule,
+        settings: dict[str, Any],
+    ) -> None:
         backend = HFBackend.live(model.model, model.tokenizer, model.table, self.decode_batch)
-        first = self._resume(model, optimizer, ckpt_path)
         with _signals(self), self._progress() as bar:
             task = bar.add_task("rl", total=self.max_steps, completed=first, rates="")
             for step in range(first, self.max_steps):
                 backend.version = step
-                metrics = self._step(step, module, model, optimizer, backend, datamodule)
+                metrics = self._step(step, module, model, optimizer, backend, data)
                 if self.greedy and ((step + 1) % self.validate_every == 0 or step + 1 == self.max_steps):
-                    metrics |= self._validate(step, backend, datamodule)
+                    values, answers = self._validate(backend, data)
+                    metrics |= values
+                    self._show("validation", answers[:4], step)
                 self._log(step, metrics)
                 self.fabric.call("on_step_end", trainer=self, module=model, metrics=metrics)
                 bar.update(task, advance=1, rates=_rates(metrics))
                 stop = bool(self.fabric.all_reduce(torch.tensor(float(self.stop_asked)), reduce_op="sum"))
                 if stop or (step + 1) % self.checkpoint_every == 0 or step + 1 == self.max_steps:
-                    self._save(step + 1, model, optimizer)
+                    self._save(step + 1, model, optimizer, settings)
                 if stop:
                     raise KeyboardInterrupt
-        self._export(model)
 
     def validate(self, model: RLModule, datamodule: ProblemDataModule, ckpt_path: str | None = None) -> None:
-        """Answer the validation problems greedily and print the accuracy.
+        """Answer the validation problems greedily and print the accuracy; writes nothing.
 
         Args:
-            ckpt_path: a checkpoint whose weights to take; null takes those of model.model.
+            ckpt_path: a checkpoint whose weights to take, "last" for the newest one in ``out``; null takes those of model.model.
         """
         if self.greedy is None:
             raise UserError("trainer.greedy is null: say how validation answers are made")
-        self._launch(model, "validate")
-        module = self.fabric.setup(model)
-        if ckpt_path:
-            self._resume(model, None, ckpt_path)
-        backend = HFBackend.live(model.model, model.tokenizer, model.table, self.decode_batch)
-        metrics = self._validate(0, backend, datamodule)
-        self.fabric.print(json.dumps({name: round(value, 4) for name, value in metrics.items()}), type(module).__name__)
-
-    def _launch(self, model: RLModule, stage: str) -> None:
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {self.out}: {error.strerror}; choose another trainer.out") from error
         self.fabric.launch()
-        self.fabric.call("setup", trainer=self, pl_module=model, stage=stage)
+        self.fabric.setup(model)
+        if ckpt_path and (path := self._checkpoint(ckpt_path)):
+            self._load(path, model, checkpoints.read(path, "settings", self.fabric.device))
+        backend = HFBackend.live(model.model, model.tokenizer, model.table, self.decode_batch)
+        metrics, _ = self._validate(backend, datamodule)
+        self.fabric.print(json.dumps({name: round(value, 4) for name, value in metrics.items()}))
+
+    def _check(self, model: RLModule, data: ProblemDataModule) -> None:
+        """Raises :class:`UserError` where settings of model, data and trainer do not go together."""
+        sampled, learned = self.expander.sampling.temperature, model.hparams.temperature
+        if sampled != learned:
+            raise UserError(
+                f"trainer.expander samples at temperature {sampled}, model.temperature is {learned}; make them the same"
+            )
+        most = data.batch_size * self.expander.rollouts
+        if most < self.mini_batches:
+            raise UserError(
+                f"trainer.mini_batches is {self.mini_batches}, but a step has at most {most} rollouts (data.batch_size times "
+                "the expander's rollouts); lower it"
+            )
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """``out``, made if need be, for this run alone. Raises :class:`UserError` on all ranks if it cannot be had."""
+        lock, trouble = FileLock(self.out / LOCK), ""
+        if self.is_global_zero:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                lock.acquire(blocking=False)
+            except Timeout:
+                trouble = f"another process is training in {self.out}; wait for it, or give another trainer.out"
+            except OSError as error:
+                trouble = f"cannot write to {self.out}: {error.strerror}; choose another trainer.out"
+        if trouble := self.strategy.broadcast(trouble):
+            raise UserError(trouble)
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _step(
         self,
@@ -184,26 +250,26 @@ class RLTrainer:
         times = [time.monotonic()]
         progress = driver.Progress()
         problems = data.batch(step)[self.fabric.global_rank :: self.fabric.world_size]
-        if len(problems) < 1:
-            raise UserError(f"data.batch_size is below the {self.fabric.world_size} devices; each needs a problem")
         trees = self._grow(
             problems, self.expander, self.reward, backend, data.train, seed_of(self.seed, step), progress
         )
         rollouts = [rollout for tree in trees for rollout in tree.rollouts()]
         times.append(time.monotonic())
         batch = collate(rollouts, model.vocabulary).to(self.fabric.device)
-        batch = model.prepare(batch, self.micro_batch, self._sum)
+        with self.fabric.autocast():  # as in the update, or the ratio would not begin at one
+            batch = model.prepare(batch, self.micro_batch, self._sum)
         times.append(time.monotonic())
         learned = self._learn(step, module, model, optimizer, batch)
         times.append(time.monotonic())
-        if self.is_global_zero:
-            self._show(step, trees)
+        if step % self.validate_every == 0:
+            self._text("tree", trees[0].render(), step)
+            self._show("tree", trees[0].rollouts()[:3], step)
         return learned | self._measure(rollouts, batch, progress, times)
 
     def _grow(
         self,
         problems: Sequence[Problem],
-        expander: Expander,
+        expander: TokenExpander,
         reward: Reward,
         backend: HFBackend,
         source: ProblemSource,
@@ -221,7 +287,8 @@ class RLTrainer:
             parallel=self.parallel,
             progress=progress,
         )
-        return [tree for _, tree in sorted(grown, key=lambda pair: pair[0])]
+        with self.fabric.autocast():  # the trees grow here
+            return [tree for _, tree in sorted(grown, key=lambda pair: pair[0])]
 
     def _learn(self, step: int, module: Any, model: RLModule, optimizer: Any, batch: RLBatch) -> dict[str, float]:
         """Shuffled mini-batches, one optimizer update each, accumulated over micro-batches."""
@@ -230,17 +297,19 @@ class RLTrainer:
             group["lr"] = rate
         sums: Counter[str] = Counter()
         norms, updates = 0.0, 0
+        fewest = self.fabric.all_reduce(torch.tensor(len(batch)), reduce_op="min")
+        mini_batches = min(self.mini_batches, int(fewest))  # on each rank as many, and none empty
         model.train()
         for _ in range(self.epochs):
-            for index in torch.randperm(len(batch)).tensor_split(self.mini_batches):
+            for index in torch.randperm(len(batch)).tensor_split(mini_batches):
                 mini = batch.rows(index.to(batch.tokens_BL.device))
-                denominator = self._sum(model.weights(mini).sum()).clamp(min=1.0)
+                totals = self._sum(model.totals(mini)).clamp(min=1.0)
                 parts = [part for _, part in mini.split(self.micro_batch)]
                 total = torch.zeros(len(MEASURED), device=batch.tokens_BL.device)
                 for number, micro in enumerate(parts):
                     with self.fabric.no_backward_sync(module, enabled=number < len(parts) - 1):
-                        loss, measured = module(denominator, *micro.columns())
-                        # ranks average their gradients, the denominator is global already
+                        loss, measured = module(*totals, *micro.columns())
+                        # ranks average their gradients, the totals are global already
                         self.fabric.backward(loss * self.fabric.world_size)
                     total += measured
                 sums.update(
@@ -261,6 +330,7 @@ class RLTrainer:
     ) -> dict[str, float]:
         n = self._sum(torch.tensor(float(len(rollouts))))
         right = sum(r.score.verdict.right for r in rollouts if r.score)
+        # Rollouts of one tree share prefixes, so they are not independent: the true interval is wider than this one.
         accuracy = Accuracy.of(int(self._sum(torch.tensor(float(right)))), int(n))
         tokens = self._sum(batch.mask_BT.sum())
         kl = self._sum(((batch.old_BT - batch.reference_BT) * batch.mask_BT).sum()) / tokens
@@ -287,7 +357,7 @@ class RLTrainer:
         use = Counter(segment.tag for rollout in rollouts for segment in rollout.segments)
         checked, correct = self._step_scores(rollouts)
         verdicts = progress.verdicts
-        for name in self.expander.table.names:  # type: ignore[attr-defined]
+        for name in self.expander.table.names:
             metrics[f"functional_tokens/{name}"] = float(self._sum(torch.tensor(float(use[name]))) / n)
             if scored := float(self._sum(torch.tensor(checked[name]))):
                 metrics[f"step_scores/{name}"] = float(self._sum(torch.tensor(correct[name]))) / scored
@@ -307,7 +377,8 @@ class RLTrainer:
                     sums[segment.tag] += score
         return counts, sums
 
-    def _validate(self, step: int, backend: HFBackend, data: ProblemDataModule) -> dict[str, float]:
+    def _validate(self, backend: HFBackend, data: ProblemDataModule) -> tuple[dict[str, float], list[Rollout]]:
+        """Metrics of greedy answers to the validation problems, and this rank's answers."""
         problems = data.validation.problems()[self.fabric.global_rank :: self.fabric.world_size]
         progress = driver.Progress()
         trees = self._grow(problems, self.greedy, Confidence(), backend, data.validation, self.seed, progress)  # type: ignore[arg-type]
@@ -316,15 +387,13 @@ class RLTrainer:
         counts = [float(right), float(len(answers)), float(sum(r.length for r in answers))]
         right, n, tokens = self._sum(torch.tensor(counts)).tolist()
         accuracy = Accuracy.of(int(right), int(n))
-        for i, answer in enumerate(answers[:4] if self.is_global_zero else []):
-            text = f"{answer.problem.question}\n\n{backend.tokens.render(answer.steps)}".replace("<", "&lt;")
-            self.logger.experiment.add_text(f"validation/sample_{i}", text, step)
-        return {
+        metrics = {
             "validation/accuracy": accuracy.accuracy,
             "validation/low": accuracy.low,
             "validation/high": accuracy.high,
             "validation/length": tokens / n,
         }
+        return metrics, answers
 
     # -- logging, saving -------------------------------------------------------------------------------------------------
 
@@ -340,10 +409,16 @@ class RLTrainer:
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
-    def _show(self, step: int, trees: Sequence[Tree]) -> None:
-        """One tree and its first paths in TensorBoard, every ``validate_every`` steps."""
-        if step % self.validate_every == 0:
-            self.logger.experiment.add_text("tree", "<pre>" + trees[0].render().replace("<", "&lt;") + "</pre>", step)
+    def _show(self, name: str, rollouts: Sequence[Rollout], step: int) -> None:
+        """Sample paths with their verdicts in TensorBoard."""
+        for i, rollout in enumerate(rollouts):
+            path = self.expander.table.render(rollout.steps)
+            verdict = rollout.score.verdict.status.value if rollout.score else ""
+            self._text(f"{name}/sample_{i}", f"{rollout.problem.question}\n\n{path}\n\n[{verdict}]", step)
+
+    def _text(self, name: str, text: str, step: int) -> None:
+        if self.is_global_zero:
+            self.logger.experiment.add_text(name, "<pre>" + text.replace("<", "&lt;") + "</pre>", step)
 
     def _progress(self) -> Progress:
         columns = (
@@ -356,7 +431,24 @@ class RLTrainer:
         )
         return Progress(*columns, disable=not self.is_global_zero)
 
-    def _save(self, steps: int, model: RLModule, optimizer: Any) -> None:
+    def _settings(self, model: RLModule, data: ProblemDataModule) -> dict[str, Any]:
+        """What the numbers of a run depend on, as :meth:`fit` says: a checkpoint keeps it, resuming compares it."""
+        names = ("seed", "mini_batches", "epochs", "gradient_clip", "parallel", "precision", "expander", "reward")
+        problems = data.train.problems()
+        settings = {
+            "model": {**model.hparams, "model": f"weights {fingerprint(model.reference)}"},
+            "data": {
+                "train": f"{len(problems)} problems, {seed_of(*problems):x}",
+                "batch_size": data.batch_size,
+                "seed": data.seed,
+            },
+            "trainer": {name: getattr(self, name) for name in names},
+        }
+        if model.hparams.final_lr != 1:
+            settings["trainer"]["max_steps"] = self.max_steps
+        return describe(settings)
+
+    def _save(self, steps: int, model: RLModule, optimizer: Any, settings: dict[str, Any]) -> None:
         """Write a checkpoint whole or not at all, and forget the oldest."""
         if not self.is_global_zero:
             return
@@ -365,39 +457,65 @@ class RLTrainer:
         path, temporary = folder / f"step-{steps:06d}.pt", folder / "writing.tmp"
         state = {
             "steps": steps,
-            "seed": self.seed,
+            "settings": settings,
             "model": model.model.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
         torch.save(state, temporary)
         temporary.replace(path)
-        for old in sorted(folder.glob("step-*.pt"))[: -self.keep]:
+        for old in self._saved()[: -self.keep]:
             old.unlink()
 
-    def _resume(self, model: RLModule, optimizer: Any, ckpt_path: str | None) -> int:
-        """Load a checkpoint, cut metrics.jsonl back to it; returns the number of steps done."""
-        metrics = self.out / "metrics.jsonl"
-        newest = sorted((self.out / "checkpoints").glob("step-*.pt"))[-1:]
-        path = Path(ckpt_path) if ckpt_path not in (None, "last", "none") else newest[0] if newest else None
-        if ckpt_path == "none" or path is None:
-            if ckpt_path == "none":
-                shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
-            metrics.unlink(missing_ok=True)
-            return 0
-        state = torch.load(path, map_location=self.fabric.device, weights_only=True)
-        if state["seed"] != self.seed:
-            raise UserError(f"{path} was written with seed {state['seed']}, not {self.seed}; give another trainer.out")
-        model.model.load_state_dict(state["model"])
-        if optimizer is not None:
+    def _saved(self) -> list[Path]:
+        """Checkpoints in ``out``, the newest last."""
+        return sorted((self.out / "checkpoints").glob("step-*.pt"))
+
+    def _checkpoint(self, ckpt_path: str | None) -> Path | None:
+        """The checkpoint that is asked for; None to begin anew."""
+        if ckpt_path == "none":
+            return None
+        if ckpt_path not in (None, "last"):
+            return Path(ckpt_path)
+        if ckpt_path == "last" and not self._saved():
+            raise UserError(f"there is no checkpoint in {self.out}; leave ckpt_path out to begin there")
+        return next(reversed(self._saved()), None)
+
+    def _resume(self, model: RLModule, optimizer: Any, settings: dict[str, Any], ckpt_path: str | None) -> int:
+        """Go back to a checkpoint; returns the number of steps done."""
+        path, first = self._checkpoint(ckpt_path), 0
+        if path:
+            state = checkpoints.read(path, "settings", self.fabric.device)
+            if state["settings"] != settings:
+                raise UserError(
+                    f"{path} was written with other settings ({differences(state['settings'], settings)}); give another "
+                    "trainer.out, or --ckpt_path none to begin anew"
+                )
+            self._load(path, model, state)
             optimizer.load_state_dict(state["optimizer"])
-            if metrics.exists():
-                lines = [
-                    x
-                    for x in metrics.read_text().splitlines()
-                    if x.endswith("}") and json.loads(x)["step"] < state["steps"]
-                ]
-                metrics.write_text("".join(line + "\n" for line in lines))
-        return int(state["steps"])
+            first = int(state["steps"])
+        if self.is_global_zero:
+            self._forget(first)
+        return first
+
+    def _load(self, path: Path, model: RLModule, state: dict[str, Any]) -> None:
+        try:
+            model.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise UserError(
+                f"{path} does not fit the model: other sizes or another vocabulary; give the model.model that its run began with"
+            ) from error
+
+    def _forget(self, first: int) -> None:
+        """Leave in ``out`` what its first ``first`` steps wrote: later checkpoints and metrics are of a run that is replaced."""
+        for later in self._saved():
+            if int(later.stem.removeprefix("step-")) > first:
+                later.unlink()
+        metrics, temporary = self.out / "metrics.jsonl", self.out / "metrics.tmp"
+        if metrics.exists():
+            lines = metrics.read_text(encoding="utf-8").splitlines()
+            kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] < first]  # the last one may be torn
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            temporary.replace(metrics)
 
     def _export(self, model: RLModule) -> None:
         if self.is_global_zero:

@@ -16,8 +16,9 @@ class ProblemDataModule(lightning.LightningDataModule):
     Args:
         train: problems that rollouts are made of.
         validation: problems that the policy is validated on, greedily; must not overlap ``train``.
+        held_out: benchmarks that must not overlap ``train`` either.
         batch_size: problems a step, over all ranks.
-        allow_overlap: go on in spite of an overlap.
+        allow_overlap: go on in spite of an overlap; nothing is compared then.
         seed: of the problems' order.
     """
 
@@ -25,6 +26,7 @@ class ProblemDataModule(lightning.LightningDataModule):
         self,
         train: ProblemSource,
         validation: ProblemSource,
+        held_out: list[ProblemSource] = [],  # noqa: B006  jsonargparse shows the default
         batch_size: int = 16,
         allow_overlap: bool = False,
         seed: int = 0,
@@ -34,7 +36,8 @@ class ProblemDataModule(lightning.LightningDataModule):
             raise UserError(
                 f"data.batch_size is {batch_size}; it must be in 1..{len(train.problems())}, the train problems"
             )
-        refuse_overlap(train.problems(), validation.problems(), allow_overlap=allow_overlap)
+        for other in () if allow_overlap else (validation, *held_out):
+            refuse_overlap(train.problems(), other.problems())
         self.train, self.validation, self.batch_size, self.seed = train, validation, batch_size, seed
 
     def batch(self, step: int) -> list[Problem]:

@@ -82,7 +82,7 @@ def collate(rollouts: Sequence[Rollout], vocabulary: Vocabulary) -> RLBatch:
         end = span.start - 1
         for segment, reward in zip(rollout.segments, rollout.score.rewards, strict=True):  # type: ignore[union-attr]
             end += len(segment.tokens)
-            rewards[row, end] = reward
+            rewards[row, end] += reward  # a segment without tokens shares the position of the one before it
     group = torch.tensor([groups[r.problem.id] for r in rollouts])
     empty = torch.zeros_like(mask)
     return RLBatch(tokens, mask, states, provenance, behaviour, rewards, group, empty, empty, empty)
@@ -95,20 +95,27 @@ MEASURED = ("loss", "clip_fraction", "entropy", "approx_kl")
 class RLModule(lightning.LightningModule):
     """REINFORCE++ (arXiv 2501.03262) on rollouts of functional-token-guided search.
 
+    ``reinforce++`` is that paper's: per token the reward minus ``kl_beta`` times k1, summed to the return-to-go (eq. 6) and
+    whitened over the global batch (eq. 8). ``reinforce++-baseline`` takes the problem's mean reward off the last token first and
+    then only scales. It departs from the paper in its KL: there the baseline has a separate k2 loss beside the policy's, here the
+    k1 penalty stays in the token rewards (and is not part of the mean), so that one ``kl_beta`` means the same in both.
+
     Args:
         model: Hugging Face folder, ``pkg:`` path or hub name of the SFT model; functional tokens that it lacks are added.
         tokens: functional-token table; None is the paper's.
         init: how added rows start, see ``add_functional_tokens``.
-        advantage: ``reinforce++`` (return-to-go, whitened over the global batch) or ``reinforce++-baseline`` (the problem's
-            mean subtracted first).
-        kl_beta: weight of the k1 penalty in the token rewards.
-        gamma: discount per token.
-        clip_low, clip_high: of the probability ratio.
-        temperature: of the log-probs; must be that of the sampling.
+        advantage: ``reinforce++`` or ``reinforce++-baseline``.
+        kl_beta: weight of the k1 penalty in the token rewards, at least 0.
+        gamma: discount per token, in 0..1.
+        clip_low, clip_high: how far the probability ratio may fall below and rise above 1, at least 0.
+        temperature: of the log-probs, above 0; must be that of the sampling.
         forced_weight: weight in the loss of functional tokens that search forced (1 keeps, 0 masks them).
         lr, betas, weight_decay: of AdamW; warmup_steps, final_lr: linear warm-up, then cosine down to this share.
-        dtype, attention: of the model.
-        seed: of added rows.
+        dtype: of the weights; training in "bfloat16" loses small updates, prefer trainer.precision bf16-mixed.
+        attention: Transformers' attention implementation.
+        seed: of the noise in added rows.
+
+    Raises :class:`UserError` for values out of these ranges.
     """
 
     def __init__(
@@ -133,11 +140,21 @@ class RLModule(lightning.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters()
         if advantage not in ("reinforce++", "reinforce++-baseline"):
             raise UserError(f"model.advantage is {advantage!r}; use reinforce++ or reinforce++-baseline")
-        if temperature <= 0:
-            raise UserError(f"model.temperature is {temperature}; it must be above 0, that of the sampling")
-        self.save_hyperparameters()
+        needs = {
+            "lr": (lr > 0, "above 0"),
+            "temperature": (temperature > 0, "above 0, that of the sampling"),
+            "gamma": (0 <= gamma <= 1, "in 0..1"),
+            "final_lr": (0 <= final_lr <= 1, "in 0..1, a share of lr"),
+            "betas": (all(0 <= beta < 1 for beta in betas), "two numbers from 0 to below 1"),
+        }
+        for name in ("kl_beta", "clip_low", "clip_high", "forced_weight", "weight_decay", "warmup_steps"):
+            needs[name] = (self.hparams[name] >= 0, "at least 0")
+        for name, (holds, need) in needs.items():
+            if not holds:
+                raise UserError(f"model.{name} is {self.hparams[name]}; it must be {need}")
         self.table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
         self.model, self.tokenizer = load(model, dtype, attention)
         add_functional_tokens(self.model, self.tokenizer, self.table, init, seed)
@@ -179,24 +196,29 @@ class RLModule(lightning.LightningModule):
         old_BT, reference_BT = (x.masked_fill(masked, 0.0) for x in both)
         return old_BT, reference_BT
 
+    def totals(self, batch: RLBatch) -> Tensor:
+        """Weight and number [2] of the response tokens: what :meth:`forward` divides by, before the sum over ranks."""
+        return torch.stack([self.weights(batch).sum(), batch.mask_BT.sum()])
+
     def weights(self, batch: RLBatch) -> Tensor:
         """Weight [B, T] of each token in the loss: 0 outside the response, ``forced_weight`` where search chose."""
         forced_BT = batch.provenance_BT != int(Provenance.SAMPLED)
         return torch.where(forced_BT, self.hparams.forced_weight, 1.0) * batch.mask_BT
 
-    def forward(self, denominator: Tensor, *columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of a micro-batch, and the detached :data:`MEASURED` sums, all divided by ``denominator``: the weight of all tokens
-        of the optimizer step, over all ranks. ``columns`` are the fields of an :class:`RLBatch` (Fabric's wrapper takes tensors,
-        not frozen records)."""
+    def forward(self, weight: Tensor, count: Tensor, *columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of a micro-batch, and its detached share of :data:`MEASURED`. Of the whole optimizer step, over all ranks,
+        ``weight`` is the weight of all tokens, which divides loss and clip fraction, and ``count`` the number of response tokens,
+        which divides the rest. ``columns`` are the fields of an :class:`RLBatch` (Fabric's wrapper takes tensors, not frozen
+        records)."""
         batch = RLBatch(*columns)
         logp_BTV = self.log_probs(self.model, batch)
         logp_BT = objectives.take(logp_BTV, batch.tokens_BL[:, 1:]).masked_fill(batch.mask_BT == 0, 0.0)
         clip = self.hparams.clip_low, self.hparams.clip_high
         loss, clipped = objectives.ppo_loss(
-            logp_BT, batch.old_BT, batch.advantage_BT, self.weights(batch), denominator, *clip
+            logp_BT, batch.old_BT, batch.advantage_BT, self.weights(batch), weight, *clip
         )
-        entropy = (objectives.entropy(logp_BTV.detach()) * batch.mask_BT).sum() / denominator
-        moved = (objectives.kl_penalty(batch.old_BT, logp_BT.detach(), "k3") * batch.mask_BT).sum() / denominator
+        entropy = (objectives.entropy(logp_BTV.detach()) * batch.mask_BT).sum() / count
+        moved = (objectives.kl_penalty(batch.old_BT, logp_BT.detach(), "k3") * batch.mask_BT).sum() / count
         return loss, torch.stack([loss.detach(), clipped.detach(), entropy, moved])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

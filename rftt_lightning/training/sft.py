@@ -126,10 +126,16 @@ class SFTModule(lightning.LightningModule):
         super().__init__()
         if schedule not in SCHEDULES:
             raise UserError(f"model.schedule is {schedule!r}; use one of {', '.join(SCHEDULES)}")
-        if lr <= 0 or warmup_steps < 0 or weight_decay < 0 or not 0 <= final_lr <= 1:
+        if not (
+            lr > 0
+            and warmup_steps >= 0
+            and weight_decay >= 0
+            and 0 <= final_lr <= 1
+            and 0 <= min(betas) <= max(betas) < 1
+        ):
             raise UserError(
-                f"model out of range: lr {lr}, warmup_steps {warmup_steps}, weight_decay {weight_decay}, final_lr {final_lr}; "
-                "need lr > 0, warmup_steps >= 0, weight_decay >= 0, 0 <= final_lr <= 1"
+                f"model out of range: lr {lr}, betas {betas}, warmup_steps {warmup_steps}, weight_decay {weight_decay}, final_lr "
+                f"{final_lr}; need lr > 0, 0 <= betas < 1, warmup_steps >= 0, weight_decay >= 0, 0 <= final_lr <= 1"
             )
         self.save_hyperparameters()
         self.table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
@@ -141,6 +147,10 @@ class SFTModule(lightning.LightningModule):
         if isinstance(self.trainer.strategy, FSDPStrategy):  # flattens weights: which of them decay could not be told
             raise UserError(
                 "trainer.strategy fsdp is not supported; use ModelParallelStrategy as configs/strategy/fsdp2.yaml does"
+            )
+        if self.trainer.accumulate_grad_batches < 1:
+            raise UserError(
+                f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}; it must be at least 1"
             )
 
     def configure_model(self) -> None:

@@ -238,6 +238,20 @@ def test_a_checkpoint_never_changes_what_was_asked_in_silence(world, tmp_path, c
     assert cli.main(sft(world, tmp_path / "c", *more)) == 0
 
 
+def test_the_saved_config_is_that_of_the_run_whose_results_are_there(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert cli.main(sft(world, out, "--data.val_fraction", 0.3)) == 0
+    ckpt, saved = out / "checkpoints" / "last.ckpt", (out / "config.yaml").read_text()
+    again = sft(world, out, "--ckpt_path", ckpt, "--data.val_fraction", 0.3, "--trainer.max_epochs", 2)
+    assert cli.main([*again, "--model.lr", "0.5"]) == 2  # refused, when the checkpoint is read
+    assert cli.main(["sft", "validate", *again[2:], "--data.batch_size", "3"]) == 0
+    assert (out / "config.yaml").read_text() == saved
+    assert cli.main(again) == 0
+    new = yaml.safe_load((out / "config.yaml").read_text())
+    assert new["trainer"]["max_epochs"] == 2
+    assert new["ckpt_path"] is None  # it may be gone when the run is repeated
+
+
 class Impatient(Callback):
     def on_train_batch_end(self, *args):
         raise KeyboardInterrupt
@@ -264,6 +278,15 @@ def test_interrupted_sft(world, tmp_path, capsys):
         (["--trainer.accelerator", "nonsense"], "nonsense"),
         (["--trainer.callbacks+=Nonsense"], "Nonsense"),
         (["--out", "/proc/nowhere"], "/proc/nowhere"),
+        (["--ckpt_path", str(SFT)], "is no checkpoint, or a damaged one"),
+        (["--ckpt_path", "best"], "no checkpoint at best"),
+        (["--ckpt_path", str(SFT.parent)], "no checkpoint at"),
+        (["--seed_everything", "-1"], "seed_everything is -1"),
+        (["--seed_everything", "true"], "seed_everything is True"),
+        (["--model.dtype", "foo"], "foo"),
+        (["--model.betas", "[0.9, 1.0]"], "0 <= betas < 1"),
+        (["--trainer.accelerator", "tpu"], "trainer: "),
+        (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches is 0"),
     ],
 )
 def test_mistakes_of_sft_are_one_line(world, tmp_path, capsys, options, message):

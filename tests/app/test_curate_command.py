@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,9 @@ TABLE = TokenTable.from_yaml()
 
 
 class Source(ScriptedSource):
-    def __init__(self, count: int = COUNT) -> None:
+    def __init__(self, count: int = COUNT, asks: str = "what") -> None:
         super().__init__(count)
+        self.list = [replace(p, question=p.question.replace("what", asks)) for p in self.list]
 
 
 class Checker(ScriptedBackend):
@@ -146,6 +148,18 @@ def test_more_trees_are_curated_anew(config, tmp_path, grown):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["trees"] == COUNT
 
 
+def test_other_trees_in_the_same_folder_are_curated_anew(config, tmp_path, grown):
+    half = len(grown) // 2
+    for name, trees in (("first", grown[:half]), ("second", grown[half:])):
+        store(tmp_path / name, trees)
+        curate(config, "--trees", tmp_path / name, "--out", tmp_path / f"{name} alone")
+    curate(config, "--trees", tmp_path / "first")
+    (tmp_path / "first").rename(tmp_path / "gone")
+    (tmp_path / "second").rename(tmp_path / "first")  # as many trees, of the same settings
+    curate(config, "--trees", tmp_path / "first")
+    assert files(tmp_path / "out") == files(tmp_path / "second alone") != files(tmp_path / "first alone")
+
+
 def test_a_run_that_breaks_off_leaves_the_earlier_result(config, tmp_path, capsys):
     curate(config)
     before = files(tmp_path / "out")
@@ -163,6 +177,10 @@ def test_a_run_that_breaks_off_leaves_the_earlier_result(config, tmp_path, capsy
         (["--curator.affirms", "("], r"curator\.affirms is no regular expression"),
         (["--curator.prompts", "nowhere"], r"cannot read nowhere/\w+\.txt"),
         (["--curator.preparing", "[dream]"], "needs the functional token 'dream'"),
+        (["--curator.max_tokens", "0"], r"curator\.max_tokens is 0"),
+        (["--source.init_args.count", f"{COUNT - 1}"], f"no problem 'scripted/{COUNT - 1}'"),
+        (["--source.init_args.asks", "which"], r"no problem 'scripted/\d+' with the question"),
+        (["--out="], "--out is empty"),
     ],
 )
 def test_mistakes_are_one_line(config, tmp_path, capsys, args, said):

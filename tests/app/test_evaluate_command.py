@@ -1,6 +1,7 @@
 """``rftt evaluate`` on a policy whose every answer is written here, so that each figure can be counted by hand."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -18,6 +19,8 @@ from rftt_lightning.core.contracts import (
     Verdict,
 )
 from rftt_lightning.core.tokens import TokenTable
+from rftt_lightning.policy.rewards import Confidence
+from rftt_lightning.search.driver import Progress
 from rftt_lightning.search.store import read_trees
 
 TABLE = TokenTable.from_yaml()
@@ -31,8 +34,11 @@ PATHS = {  # question -> what is answered the first, second, … time; the answe
 
 
 class Source(ProblemSource):
+    def __init__(self, count: int = len(PATHS)) -> None:
+        self.count = count
+
     def problems(self):
-        return [Problem(name, name, answer="r") for name in PATHS]
+        return [Problem(name, name, answer="r") for name in PATHS][: self.count]
 
     def judge(self, problem, response):
         answer = TABLE.parse(response)[-1].text
@@ -128,13 +134,75 @@ def test_what_is_done_is_not_asked_again(config, tmp_path):
     evaluate(config)
     first, calls = (tmp_path / "out" / "results.json").read_text(), Written.batches
     evaluate(config)
-    timeless = [json.loads(text) for text in (first, (tmp_path / "out" / "results.json").read_text())]
-    for results in timeless:
-        for row in (results["greedy"], *results["rollouts"].values()):
-            row.pop("seconds_per_problem")
-    assert timeless[0] == timeless[1] and Written.batches == calls
+    assert (tmp_path / "out" / "results.json").read_text() == first and Written.batches == calls
     evaluate(config, "--overwrite", "true")
     assert Written.batches > calls
+
+
+def test_seconds_are_those_of_all_runs(config, tmp_path, monkeypatch):
+    def seconds_after(run: float, *args: object) -> tuple[float, float]:
+        """Seconds a problem, of the greedy answer and of all rollouts, after one more run whose searches take ``run``."""
+        monkeypatch.setattr(Progress, "seconds", run)
+        evaluate(config, *args)
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        return results["greedy"]["seconds_per_problem"], results["rollouts"]["4"]["seconds_per_problem"]
+
+    assert seconds_after(8.0, "--source.init_args.count", 2) == (4.0, 4.0)
+    assert seconds_after(2.0) == (2.5, 2.5)  # two problems more
+    assert seconds_after(9.0) == (2.5, 2.5)  # nothing to do
+    assert seconds_after(9.0, "--source.init_args.count", 1) == (2.5, 2.5)
+    assert seconds_after(4.0, "--overwrite", "true") == (1.0, 1.0)
+
+
+class Learned(Confidence):
+    """A reward of a user's that does not say what it looks at."""
+
+    uses_gold = True
+
+
+REWARDS = "rftt_lightning.policy.rewards"
+BLEND = f"{{class_path: {REWARDS}.Blend, init_args: {{outcome: {REWARDS}.%s, process: {REWARDS}.ProcessReward}}}}"
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--rollouts", "[]"], r"rollouts is \[\]; give one n or more"),
+        (["--rollouts", "[0]"], r"rollouts is \[0\]"),
+        (["--rollouts", "[-1, 2]"], r"rollouts is \[-1, 2\]"),
+        (["--rollouts", "[1, 8]"], r"n = 8, the search makes 4"),
+        (["--checks", "[verify, foo]"], r"checks names 'foo'.*clarify"),
+        (
+            ["--greedy.init_args.sampling.temperature", "0.5"],
+            r"greedy\.rollouts is 1 and greedy\.sampling\.temperature 0\.5",
+        ),
+        (["--greedy.init_args.rollouts", "2"], r"greedy\.rollouts is 2 and"),
+        (["--reward", f"{REWARDS}.OutcomeReward"], r"OutcomeReward knows the gold answer.*use Confidence"),
+        (["--reward", f"{REWARDS}.ProcessReward"], r"ProcessReward knows the gold answer"),
+        (["--reward", BLEND % "OutcomeReward"], r"Blend knows the gold answer"),
+        (["--reward", f"{__name__}.Learned"], r"Learned knows.*uses_gold = False"),
+        (["--out="], r"--out is empty"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_asked(config, tmp_path, monkeypatch, capsys, args, said):
+    monkeypatch.chdir(tmp_path)
+    files, calls = sorted(tmp_path.iterdir()), Written.batches
+    assert evaluate(config, *args) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and re.search(said, err), err
+    assert Written.batches == calls and set(tmp_path.iterdir()) <= {*files, tmp_path / "out"}
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--reward", BLEND % "Confidence"],
+        ["--reward", f"{REWARDS}.OutcomeReward", "--search", "null"],  # one answer is not steered
+        ["--tokens", "pkg:core/tokens.yaml"],
+    ],
+)
+def test_what_is_no_mistake_is_not_refused(config, args):
+    assert evaluate(config, *args) == 0
 
 
 def test_each_part_may_be_left_out(config, tmp_path):

@@ -15,7 +15,8 @@ import yaml
 from rftt_lightning.app import cli
 from rftt_lightning.core.contracts import Status
 from rftt_lightning.core.tokens import TokenTable
-from rftt_lightning.search.store import read_trees, shards
+from rftt_lightning.search.driver import Progress, grow
+from rftt_lightning.search.store import manifest, read_trees, shards
 from scripted import ScriptedBackend, ScriptedReward, ScriptedSource
 
 COUNT, ROLLOUTS = 7, 5
@@ -128,6 +129,31 @@ def test_more_problems_go_on_where_fewer_ended(config, tmp_path):
     assert trees(tmp_path / "out") == trees(tmp_path / "straight")
 
 
+def test_a_run_that_was_refused_binds_none_that_follows(config, tmp_path):
+    assert search(config, "--seed", 1, "--concurrency", 0) == 2
+    assert search(config) == 0
+    assert manifest(tmp_path / "out", "trees")["settings"]["seed"] == 0
+
+
+def test_seconds_of_an_interrupted_search_count(config, tmp_path, monkeypatch):
+    def breaks_off(*args, progress, **settings):
+        for number, grown in enumerate(grow(*args, progress=progress, **settings)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield grown
+
+    def seconds() -> float:
+        return json.loads((tmp_path / "out" / "summary.json").read_text())["seconds"]
+
+    monkeypatch.setattr(Progress, "seconds", 5.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("rftt_lightning.app.search.driver.grow", breaks_off)
+        assert search(config) == cli.INTERRUPTED
+    assert seconds() == 5.0 and len(trees(tmp_path / "out")) == 3
+    assert search(config) == 0 and seconds() == 10.0
+    assert search(config, "--overwrite", "true") == 0 and seconds() == 5.0
+
+
 def test_functional_tokens_work_in_place_of_prompts(config, tmp_path):
     tokens = ["--expander", "rftt_lightning.search.expand.TokenExpander", "--expander.rollouts", ROLLOUTS]
     assert search(config, *tokens) == 0
@@ -187,6 +213,7 @@ def test_asked_to_stop_it_says_one_line_and_keeps_its_trees(config, tmp_path, ki
         (["--concurrency", "0"], r"concurrency is 0; it must be at least 1"),
         (["--held_out+", f"{__name__}.Source"], r"overlap.*allow_overlap"),
         (["--out", "/proc/nowhere"], r"cannot write to /proc/nowhere.*another --out"),
+        (["--out="], r"--out is empty; give a folder"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_the_store_alone(config, tmp_path, capsys, args, said):

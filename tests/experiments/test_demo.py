@@ -32,8 +32,8 @@ def shrink(folder: Path) -> None:
         (folder / path.name).write_text(yaml.safe_dump(config))
 
 
-def demo(out: Path, world: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "experiments/demo/run.py", f"--out={out}", f"--world={world}", "--short=2"]
+def demo(out: Path, world: Path, short: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "experiments/demo/run.py", f"--out={out}", f"--world={world}", f"--short={short}"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
@@ -58,3 +58,5 @@ def test_demo_runs_from_search_to_table_and_skips_what_is_done(tmp_path):
     repeated = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {arm: repeated[arm] for arm in ARMS} == {arm: results[arm] for arm in ARMS}
     assert repeated["seconds"] == results["seconds"]  # nothing ran again
+    other = demo(tmp_path / "out", tmp_path / "world", short=3)
+    assert other.returncode == 2 and "rl_no_warmup" in other.stderr and "other settings" in other.stderr

@@ -114,6 +114,11 @@ def test_at_inference_the_gold_answer_moves_nothing():
     assert 0 <= low < high <= 1
 
 
+def test_a_reward_says_whether_search_may_follow_it_at_inference():
+    assert OutcomeReward().uses_gold and ProcessReward().uses_gold and not Confidence().uses_gold
+    assert Blend(OutcomeReward(), Confidence()).uses_gold and not Blend(Confidence(), ProcessReward()).uses_gold
+
+
 def test_steps_reach_the_checker_as_they_are():
     seen = []
 

@@ -131,3 +131,21 @@ def test_two_trainings_in_one_folder_have_two_names(tmp_path):
         model.save_pretrained(tmp_path)
         names.append(HFBackend(str(tmp_path), dtype="float32", device="cpu").name)
     assert names[0] == names[1] != names[2]
+    assert HFBackend(str(tmp_path), dtype="float64", device="cpu").name != names[2]
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"dtype": "foo"}, "dtype is 'foo'; use one of auto, bfloat16"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"device": "tpu"}, "device is 'tpu': .*use auto"),
+        ({"device": "cuda:99"}, "device is 'cuda:99': "),
+        ({"device": ""}, "device is '': "),
+        ({"attention": "foo"}, "foo"),
+    ],
+)
+def test_what_no_machine_or_this_one_has_not_is_refused(wrong, said):
+    with pytest.raises(UserError, match=said) as error:
+        HFBackend("pkg:tiny/checkpoints/countdown", **wrong)
+    assert "\n" not in str(error.value)

@@ -114,6 +114,14 @@ def test_slices_of_one_shuffle_are_disjoint_and_repeatable(tmp_path):
         ('{"question": "a"}', r"line 1: no field 'answer'"),
         ('{"question": " ", "answer": "1"}', r"line 1: the question is empty"),
         ('{"question": "a", "answer": ""}', r"line 1: the gold answer is empty"),
+        ('{"question": "a", "answer": "1"}\n{"question": null, "answer": "1"}', r"line 2: question is null, not text;"),
+        ('{"question": ["a"], "answer": "1"}', r'line 1: question is \["a"\], not text;'),
+        ('{"question": 3, "answer": "1"}', r"line 1: question is 3, not text;"),
+        ('{"question": "a", "answer": null}', r"line 1: answer is null, not text or a number"),
+        ('{"question": "a", "answer": true}', r"line 1: answer is true, not text or a number"),
+        ('{"question": "a", "answer": ["1"]}', r'line 1: answer is \["1"\], not text or a number'),
+        ('[{"question": "a", "answer": "1"}, 5]', r"x\.jsonl, record 2: a JSON int"),
+        ('[{"question": "a", "answer": "1"}', r"x\.jsonl: not JSON.*one object a line"),
         ("", "no problem left"),
         ("\n\n", "no problem left"),
     ],
@@ -124,6 +132,30 @@ def test_bad_files_name_the_line(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as caught:
         JsonlProblems(str(path)).problems()
     assert "\n" not in str(caught.value)
+
+
+def test_an_array_is_read_as_its_lines_are(tmp_path):
+    rows = [
+        {"question": "a\u2028b", "final_answer": ["1"], "id": 3, "unit": None},
+        {"question": "c", "final_answer": [2], "id": None},
+    ]
+    lines = write(tmp_path / "o.jsonl", rows)
+    array = tmp_path / "o.json"
+    array.write_text(json.dumps(rows, indent=4, ensure_ascii=False))
+    found = OlympiadBench(str(array)).problems()
+    assert list(found) == list(OlympiadBench(lines).problems()) and [(p.id, p.answer) for p in found] == [
+        ("o/3", "1"),
+        ("o/1", "2"),
+    ]
+    array.write_text(json.dumps([{"question": "c", "final_answer": [None]}]))
+    with pytest.raises(UserError, match=r"o\.json, record 1: final_answer is null"):
+        OlympiadBench(str(array)).problems()
+
+
+def test_null_is_as_absent_where_a_field_may_be(tmp_path):
+    row = {"question": "a", "answer": 0.5, "id": None, "level": None, "subject": None}
+    (problem,) = JsonlProblems(write(tmp_path / "x.jsonl", [row])).problems()
+    assert problem == Problem("x/0", "a", "0.5")
 
 
 def test_other_mistakes(tmp_path):

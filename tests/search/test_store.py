@@ -14,6 +14,7 @@ from rftt_lightning.search.store import (
     Store,
     describe,
     differences,
+    digest,
     manifest,
     read_trajectories,
     read_trees,
@@ -92,13 +93,40 @@ def test_the_manifest_says_where_the_records_come_from(tmp_path):
 
 
 def test_other_settings_are_refused_and_named(tmp_path):
-    Store(tmp_path, "trees", {"seed": 1, "expander": {"c": 2.0, "rollouts": 8}}).close()
+    store = Store(tmp_path, "trees", {"seed": 1, "expander": {"c": 2.0, "rollouts": 8}})
+    store.add("a", {})
+    store.close()
     with pytest.raises(
         UserError, match=r"\(seed: 1 there, 2 here, expander\.c: 2\.0 there, 1\.0 here\).*--overwrite"
     ) as error:
         Store(tmp_path, "trees", {"seed": 2, "expander": {"c": 1.0, "rollouts": 8}})
     assert "\n" not in str(error.value)
     Store(tmp_path, "trees", {"seed": 2}, overwrite=True).close()
+
+
+def test_an_empty_store_takes_the_settings_of_whoever_opens_it(tmp_path):
+    Store(tmp_path, "trees", {"seed": 1}, version=3).close()
+    shards(tmp_path, "trees")[0].write_text('{"id": "torn')
+    store = Store(tmp_path, "trees", {"seed": 2}, version=4)
+    about = manifest(tmp_path, "trees")
+    assert (about["settings"], about["policy_version"]) == ({"seed": 2}, 4)
+    store.add("a", {})
+    store.close()
+    with pytest.raises(UserError, match="seed: 2 there, 3 here"):
+        Store(tmp_path, "trees", {"seed": 3})
+
+
+def test_the_digest_is_of_what_the_records_hold(tmp_path):
+    def made(folder, *records):
+        store = Store(tmp_path / folder, "trees", {})
+        for name, record in records:
+            store.add(name, record)
+        store.close()
+        return digest(tmp_path / folder, "trees")
+
+    one, other = ("a", {"n": 1}), ("a", {"n": 2})
+    assert made("one", one) == made("same", one)
+    assert len({made("1", one), made("2", other), made("3", one, ("b", {}))}) == 3
 
 
 def test_differences_of_long_texts_are_named_too():
@@ -194,6 +222,18 @@ def test_records_whose_manifest_is_lost_are_not_taken_over(tmp_path):
     with pytest.raises(UserError, match="no manifest"):
         Store(tmp_path, "trees", {"seed": 2})
     assert not Store(tmp_path, "trees", {"seed": 2}, overwrite=True).done
+
+
+def test_one_process_at_a_time_writes_trajectories(tmp_path):
+    write_trajectories(tmp_path, [trajectory(0)], {})
+    store = Store(tmp_path, "trajectories", {})
+    with pytest.raises(UserError, match="another process is writing"):
+        write_trajectories(tmp_path, [trajectory(1)], {})
+    assert list(read_trajectories(tmp_path)) == [trajectory(0)]
+    store.close()
+    for number in (1, 2):
+        write_trajectories(tmp_path, [trajectory(number)], {})
+    assert list(read_trajectories(tmp_path)) == [trajectory(2)]
 
 
 def test_trajectories_whose_writing_broke_off_are_no_store(tmp_path):

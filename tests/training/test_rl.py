@@ -1,28 +1,36 @@
 """RL on a tiny random model: what is learned from, and runs that repeat and resume bitwise."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import LlamaForCausalLM
 
 from rftt_lightning.app.cli import main
 from rftt_lightning.core.contracts import Problem, Provenance, Rollout, Score, Segment, Status, UserError, Verdict
+from rftt_lightning.policy import objectives
+from rftt_lightning.policy.vocab import load
+from rftt_lightning.search.store import LOCK
 from rftt_lightning.tiny.countdown import Countdown
 from rftt_lightning.training.problems import ProblemDataModule
-from rftt_lightning.training.rl import RLModule, collate, last_positions
+from rftt_lightning.training.rl import MEASURED, RLModule, collate, last_positions
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "configs/tiny/rl.yaml")
 BASE = "pkg:tiny/checkpoints/countdown"
 
 
-def fit(out: Path, *more: str) -> int:
+def fit(out: Path, *more: str, command: str = "fit") -> int:
     small = ["--data.train.init_args.count=40", "--data.validation.init_args.count=8", "--data.batch_size=4"]
     sizes = ["--trainer.max_steps=4", "--trainer.checkpoint_every=1", "--trainer.validate_every=2"]
     rollouts = ["--trainer.expander.init_args.rollouts=3", "--trainer.expander.init_args.max_tokens=48"]
     args = [
         "rl",
-        "fit",
+        command,
         f"--config={CONFIG}",
         f"--model.model={BASE}",
         f"--trainer.out={out}",
@@ -31,6 +39,23 @@ def fit(out: Path, *more: str) -> int:
         *rollouts,
     ]
     return main([*args, *more])
+
+
+LEARNING = [  # rewards that a base model earns, so that weights move
+    "--model.advantage=reinforce++",
+    "--model.gamma=0.9",
+    "--trainer.reward.init_args.outcome.init_args.none=1.0",
+]
+
+
+def said(capfd: pytest.CaptureFixture[str]) -> str:
+    """The one line of an error."""
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("rftt:")]
+    return line
+
+
+def steps_logged(out: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def learned(out: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -62,6 +87,138 @@ def test_a_run_repeats_and_resumes_bitwise(tmp_path, capfd):
     assert_same(tmp_path / "straight", dead)
     assert (tmp_path / "straight" / "hf" / "model.safetensors").exists()
     assert (tmp_path / "straight" / "config.yaml").exists()
+    for out in (tmp_path / "straight", dead):  # TensorBoard has every step once
+        events = EventAccumulator(str(out), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+        assert [event.step for event in events.Scalars("reward")] == [0, 1, 2, 3]
+        samples = {tag for tag in events.Tags()["tensors"] if tag.startswith("tree/sample_")}
+        assert samples == {f"tree/sample_{i}/text_summary" for i in range(3)}
+        text = events.Tensors("tree/sample_0/text_summary")[0].tensor_proto.string_val[0].decode()
+        assert "&lt;" in text and any(f"[{status.value}]" in text for status in Status)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of four steps that keeps all its checkpoints."""
+    out = tmp_path_factory.mktemp("rl") / "run"
+    assert fit(out, *LEARNING, "--trainer.keep=9") == 0
+    return out
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def contents(out: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != LOCK}
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [
+        ("--model.lr=0.1", "model.lr: 0.0005 there, 0.1 here"),
+        ("--data.train.init_args.count=41", "data.train: "),
+        ("--trainer.seed=1", "trainer.seed: 0 there, 1 here"),
+        ("--trainer.expander.init_args.c=1", "trainer.expander.c: 2.0 there, 1.0 here"),
+        ("--trainer.reward.init_args.process_weight=0.1", "trainer.reward.process_weight"),
+        ("--trainer.precision=bf16-mixed", "trainer.precision"),
+        ("--model.final_lr=0.5", "trainer.max_steps: null there, 4 here"),
+        ("--ckpt_path=@/junk.pt", "junk.pt is no checkpoint, or a damaged one"),
+        ("--ckpt_path=@/other.pt", "other.pt is no checkpoint of this command"),
+        ("--ckpt_path=@", "no checkpoint at"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings_and_is_left_as_it_was(run, capfd, option, words):
+    (run / "junk.pt").write_text("no checkpoint at all")
+    torch.save({"steps": 2}, run / "other.pt")
+    before = contents(run)
+    assert fit(run, *LEARNING, "--trainer.keep=9", option.replace("@", str(run))) == 2
+    assert words in said(capfd)
+    assert contents(run) == before
+
+
+def test_a_run_does_not_go_on_from_other_weights(run, tmp_path, capfd):
+    model, tokenizer = load(BASE, "float32")
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1.0
+    model.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    assert fit(run, *LEARNING, f"--model.model={tmp_path / 'other'}") == 2
+    assert "model.model: " in said(capfd)
+
+
+def test_what_does_not_change_the_numbers_may_change_on_resuming(run, capfd):
+    free = ["--trainer.micro_batch=3", "--trainer.validate_every=3", "--trainer.keep=1", "--trainer.checkpoint_every=2"]
+    assert fit(run, *LEARNING, "--trainer.max_steps=5", *free) == 0
+    assert steps_logged(run) == [0, 1, 2, 3, 4]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000005.pt"]
+
+
+def test_going_back_replaces_what_came_after(run, finished, capfd):
+    """Also if it is killed before its first checkpoint."""
+    back = f"--ckpt_path={run / 'checkpoints' / 'step-000002.pt'}"
+    assert fit(run, *LEARNING, "--trainer.max_steps=2", back) == 0
+    assert steps_logged(run) == [0, 1]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000001.pt", "step-000002.pt"]
+    assert "ckpt_path: null" in (run / "config.yaml").read_text()
+    assert fit(run, *LEARNING) == 0
+    assert_same(run, finished)
+
+
+def test_validate_writes_nothing_and_prints_numbers_alone(run, capfd):
+    before = contents(run)
+    assert fit(run, "--model.lr=0.1", "--ckpt_path=last", command="validate") == 0
+    assert set(json.loads(capfd.readouterr().out)) == {f"validation/{x}" for x in ("accuracy", "low", "high", "length")}
+    assert contents(run) == before
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused_by_validate(run, capfd):
+    state = torch.load(run / "checkpoints" / "step-000002.pt", weights_only=True)
+    state["model"] = {name: weight[1:] for name, weight in state["model"].items()}
+    torch.save(state, run / "other.pt")
+    assert fit(run, f"--ckpt_path={run / 'other.pt'}", command="validate") == 2
+    assert "another vocabulary" in said(capfd)
+
+
+def test_last_insists_on_a_checkpoint(tmp_path, capfd):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert fit(tmp_path, "--ckpt_path=last") == 2
+    assert "there is no checkpoint in" in said(capfd)
+    assert steps_logged(tmp_path) == [0]
+
+
+def test_one_process_trains_in_a_folder_at_a_time(run, capfd):
+    before = contents(run)
+    with FileLock(run / LOCK):
+        assert fit(run, *LEARNING) == 2
+    assert "another process is training in" in said(capfd)
+    assert contents(run) == before
+
+
+def test_in_mixed_precision_all_passes_are_under_autocast_and_the_ratio_begins_at_one(tmp_path, capfd, monkeypatch):
+    forward, seen = LlamaForCausalLM.forward, []
+
+    def watched(*args, **kwargs):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", watched)
+    mixed = ["--trainer.precision=bf16-mixed", "--trainer.mini_batches=1", "--trainer.max_steps=1"]
+    assert fit(tmp_path, *LEARNING, *mixed) == 0
+    assert all(seen) and len(seen) > 10
+    (line,) = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert abs(line["approx_kl"]) < 3e-5  # 5e-4 if one side is in float32
+    assert all(w.dtype == torch.float32 for w in learned(tmp_path)[1].values())
+
+
+def test_fewer_rollouts_than_mini_batches(tmp_path, capfd):
+    """Refused where it is so by the settings; where trees merely came out small, there are fewer updates."""
+    assert fit(tmp_path, "--trainer.mini_batches=13") == 2
+    assert "at most 12 rollouts" in said(capfd)
+    small = ["--trainer.expander.init_args.width=1", "--trainer.expander.init_args.max_depth=1"]  # one path a tree
+    assert fit(tmp_path, *LEARNING, *small, "--trainer.mini_batches=12", "--trainer.max_steps=1") == 0
+    (line,) = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert line["rollouts"] < 12
 
 
 def test_every_verdict_of_a_step_is_accounted_for(tmp_path, capfd):
@@ -81,6 +238,24 @@ def test_every_verdict_of_a_step_is_accounted_for(tmp_path, capfd):
         ("--model.model=/nowhere", "nowhere"),
         ("--data.batch_size=1000", "batch_size"),
         ("--trainer.max_steps=three", "max_steps"),
+        ("--trainer.gradient_clip=0", "gradient_clip is 0.0; it must be above 0"),
+        ("--trainer.precision=bf16-true", "bf16-mixed"),
+        ("--trainer.parallel=0", "parallel is 0"),
+        ("--trainer.out=", "trainer.out is empty"),
+        ("--trainer.accelerator=tpu", "trainer: "),
+        ("--trainer.expander.class_path=rftt_lightning.search.expand.PromptExpander", "TokenExpander"),
+        (
+            "--trainer.expander.init_args.sampling.temperature=0.5",
+            "samples at temperature 0.5, model.temperature is 1.0",
+        ),
+        ("--model.lr=0", "model.lr is 0.0; it must be above 0"),
+        ("--model.gamma=1.5", "model.gamma is 1.5; it must be in 0..1"),
+        ("--model.betas=[0.9,1.0]", "model.betas"),
+        ("--model.clip_low=-0.1", "model.clip_low is -0.1; it must be at least 0"),
+        ("--model.dtype=foo", "foo"),
+        ("--data.train.init_args.split=test", "overlap"),
+        ("--seed_everything=-1", "seed_everything is -1"),
+        ("--ckpt_path=nowhere.pt", "no checkpoint at nowhere.pt"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(tmp_path, capfd, option, word):
@@ -92,6 +267,15 @@ def test_mistakes_are_one_line_and_exit_2(tmp_path, capfd, option, word):
 def test_train_and_validation_may_not_overlap():
     with pytest.raises(UserError, match="overlap"):
         ProblemDataModule(Countdown("train", count=5), Countdown("train", count=5), batch_size=2)
+
+
+def test_held_out_problems_are_not_trained_on_unless_it_is_allowed():
+    parts = Countdown("train", count=5), Countdown("validation", count=5)
+    clean, dirty = Countdown("test", count=5), Countdown("train", count=3, start=4)
+    ProblemDataModule(*parts, held_out=[clean], batch_size=2)
+    with pytest.raises(UserError, match="1 identical"):
+        ProblemDataModule(*parts, held_out=[clean, dirty], batch_size=2)
+    ProblemDataModule(*parts, held_out=[clean, dirty], batch_size=2, allow_overlap=True)
 
 
 def test_problems_of_a_step_depend_on_seed_and_step_and_cover_an_epoch():
@@ -143,6 +327,13 @@ def test_batch_holds_what_was_sampled_where_it_was_sampled(module):
     assert last_positions(batch.mask_BT).tolist() == [len(r.prompt) + r.length - 2 for r in made]
 
 
+def test_a_segment_without_tokens_adds_its_reward_to_the_one_before(module):
+    (made, *_) = rollouts(module)
+    cut = replace(made.segments[1], tokens=(), logprobs=(), provenance=())
+    batch = collate([replace(made, segments=(made.segments[0], cut))], module.vocabulary)
+    assert batch.rewards_BT[0][batch.mask_BT[0].bool()].tolist() == [0.0, 0.0, 1.25]  # 0.25 and 1.0
+
+
 def test_forced_tokens_weigh_what_the_setting_says(module):
     batch = collate(rollouts(module), module.vocabulary)
     forced = (batch.provenance_BT == int(Provenance.UCT)) & batch.mask_BT.bool()
@@ -160,14 +351,27 @@ def test_baseline_compares_with_the_problem_alone(module):
 
 def test_loss_over_micro_batches_is_the_loss_of_the_batch(module):
     batch = module.prepare(collate(rollouts(module), module.vocabulary), rows=4)
-    denominator = module.weights(batch).sum()
-    whole, _ = module(denominator, *batch.columns())
-    parts = sum(module(denominator, *part.columns())[0] for _, part in batch.split(1))
-    torch.testing.assert_close(parts, whole)
+    totals = module.totals(batch)
+    whole, measured = module(*totals, *batch.columns())
+    parts = [module(*totals, *part.columns()) for _, part in batch.split(1)]
+    torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
+    torch.testing.assert_close(sum(values for _, values in parts), measured)
+
+
+def test_entropy_and_kl_are_means_over_response_tokens_whatever_these_weigh(module):
+    batch = module.prepare(collate(rollouts(module), module.vocabulary), rows=4)
+    batch = replace(batch, old_BT=batch.old_BT - 0.5 * batch.mask_BT)  # every ratio is exp(0.5)
+    _, values = module(*module.totals(batch), *batch.columns())
+    measured, where = dict(zip(MEASURED, values.tolist(), strict=True)), batch.mask_BT.bool()
+    with torch.no_grad():
+        entropy = objectives.entropy(module.log_probs(module.model, batch))[where].mean()
+    assert module.weights(batch).sum() < where.sum()  # forced tokens weigh nothing here
+    assert measured["entropy"] == pytest.approx(float(entropy), rel=1e-5)
+    assert measured["approx_kl"] == pytest.approx(float(torch.tensor(0.5).exp()) - 1.5, rel=1e-4)
 
 
 def test_before_the_first_update_the_ratio_is_one(module):
     batch = module.prepare(collate(rollouts(module), module.vocabulary), rows=4)
-    _, (_, clipped, entropy, moved) = module(module.weights(batch).sum(), *batch.columns())
+    _, (_, clipped, entropy, moved) = module(*module.totals(batch), *batch.columns())
     assert clipped == 0 and abs(moved) < 1e-6 and entropy > 0
     torch.testing.assert_close(batch.old_BT, batch.reference_BT)

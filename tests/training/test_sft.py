@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rftt_lightning.core.contracts import UserError
+from rftt_lightning.core.contracts import Problem, UserError
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.policy.vocab import load
 from rftt_lightning.training.callbacks import ExportHF, Samples
@@ -199,3 +199,19 @@ def test_mistakes(settings, message):
         SFTModule("base", **settings)
     with pytest.raises(UserError, match="float32, bfloat16"):
         ExportHF(dtype="int9")
+
+
+def test_an_export_to_where_a_file_lies_is_refused_before_training(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file; give a folder"):
+        fit(world, tmp_path, callbacks=[ExportHF(str(tmp_path / "file"))])
+
+
+def test_answers_stay_with_their_questions_where_one_leaves_no_room(world):
+    module = SFTModule(world.base)
+    module.configure_model()
+    long, short = Problem("long", "one " * 200), Problem("short", "one two")
+    samples = Samples(max_tokens=20, max_segment_tokens=8)
+    ((problem, path),) = samples.answer(module, [long, short])
+    assert problem == short
+    assert path == samples.answer(module, [short])[0][1] != []

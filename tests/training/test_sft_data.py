@@ -1,3 +1,4 @@
+import json
 import random
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 
 from rftt_lightning.core.contracts import Problem, Step, Trajectory, UserError
 from rftt_lightning.policy.vocab import add_functional_tokens
+from rftt_lightning.search.problems import JsonlProblems
 from rftt_lightning.tiny.model import build_tokenizer
 from rftt_lightning.training.data import (
     Batches,
@@ -169,3 +171,15 @@ def test_mistakes_in_the_data(tmp_path):
         TreeDataModule(write_store(tmp_path, [])).setup("fit")
     with pytest.raises(UserError, match="data out of range"):
         TreeDataModule(str(tmp_path), batch_size=0)
+
+
+def test_held_out_problems_are_not_trained_on_unless_it_is_allowed(tmp_path):
+    folder, paths = write_store(tmp_path / "store", trajectories(5)), trajectories(6)
+    for name, path in (("dirty", paths[4]), ("clean", paths[5])):
+        row = {"question": path.problem.question, "answer": "one"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    clean, dirty = (JsonlProblems(str(tmp_path / f"{name}.jsonl")) for name in ("clean", "dirty"))
+    TreeDataModule(folder, held_out=[clean]).setup("fit")
+    with pytest.raises(UserError, match="1 identical"):
+        TreeDataModule(folder, held_out=[clean, dirty]).setup("fit")
+    TreeDataModule(folder, held_out=[clean, dirty], allow_overlap=True).setup("fit")
