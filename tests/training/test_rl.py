@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +24,8 @@ from rftt_lightning.tiny.countdown import Countdown
 from rftt_lightning.training.problems import ProblemDataModule
 from rftt_lightning.training.rl import MEASURED, RLModule, collate, last_positions
 
-CONFIG = str(Path(__file__).resolve().parents[2] / "configs/tiny/rl.yaml")
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = str(ROOT / "configs/tiny/rl.yaml")
 BASE = "pkg:tiny/checkpoints/countdown"
 
 
@@ -74,16 +79,19 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 def test_a_run_repeats_and_resumes_bitwise(tmp_path, capfd):
-    assert fit(tmp_path / "straight") == 0
-    assert fit(tmp_path / "again") == 0
+    assert fit(tmp_path / "straight", *LEARNING) == 0
+    assert fit(tmp_path / "again", *LEARNING) == 0
     assert_same(tmp_path / "straight", tmp_path / "again")
+    start = load(BASE, "float32")[0].state_dict()
+    moved = learned(tmp_path / "straight")[1]
+    assert not all(torch.equal(moved[name][: len(start[name])], start[name]) for name in start)
     # a run that died after its second checkpoint, in the middle of writing metrics of the third step and another checkpoint
     dead = tmp_path / "again"
     (dead / "checkpoints" / "step-000004.pt").unlink()
     lines = (dead / "metrics.jsonl").read_text().splitlines()
     (dead / "metrics.jsonl").write_text("\n".join(lines[:3]) + '\n{"step": 3, "rew')
     (dead / "checkpoints" / "writing.tmp").write_bytes(b"half")
-    assert fit(dead) == 0
+    assert fit(dead, *LEARNING) == 0
     assert_same(tmp_path / "straight", dead)
     assert (tmp_path / "straight" / "hf" / "model.safetensors").exists()
     assert (tmp_path / "straight" / "config.yaml").exists()
@@ -102,6 +110,19 @@ def finished(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("rl") / "run"
     assert fit(out, *LEARNING, "--trainer.keep=9") == 0
     return out
+
+
+def test_killed_and_resumed_is_straight(finished, tmp_path, capfd):
+    """SIGKILL once the first step is saved, wherever the run is then."""
+    code = f"from tests.training.test_rl import *; fit(Path({str(tmp_path)!r}), *LEARNING, '--trainer.keep=9')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("checkpoints/step-*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "hf").exists()
+    assert fit(tmp_path, *LEARNING, "--trainer.keep=9") == 0
+    assert_same(finished, tmp_path)
 
 
 @pytest.fixture
