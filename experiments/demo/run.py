@@ -126,6 +126,8 @@ class Demo:
                         stage = running.pop(future)
                         self.done[stage.name] = stage.digest
                         start = self.note([stage], start)
+                        if not sys.stdout.isatty():  # where no picture is drawn
+                            print(f"{stage.name}: done in {self.seconds[stage.name]:.0f} s", flush=True)
             finally:
                 self.note(running.values(), start)
 
