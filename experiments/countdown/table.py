@@ -15,13 +15,12 @@ def cell(row: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown: a line an arm, a column a run; then majority of n rollouts of the RL model, and seconds."""
+    """Markdown: a line an arm, a column a run; then majority of n rollouts of the RL model."""
     first = next(iter(results.values()))
     arms = [name for name, row in first.items() if isinstance(row, dict) and "accuracy" in row]
     lines = [["", *results], ["---"] * (1 + len(results))]
     lines += [[arm, *(cell(r[arm]) for r in results.values())] for arm in arms]
     lines += [[f"rl, majority of {n}", *(cell(r["rollouts"][n]) for r in results.values())] for n in first["rollouts"]]
-    lines += [["seconds", *(f"{r['seconds']['total']:.0f}" for r in results.values())]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
