@@ -1,8 +1,10 @@
-"""Reading what a run has saved."""
+"""The folder of an RL run, and reading what a run has saved."""
 
 from __future__ import annotations
 
+import json
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +29,52 @@ def read(path: str | Path, mark: str, device: torch.device | str) -> dict[str, A
     if not isinstance(state, dict) or mark not in state:
         raise UserError(f"{path} is no checkpoint of this command; give a file that it wrote, or null")
     return state
+
+
+class RunFolder:
+    """``checkpoints/step-*.pt``, of which the newest ``keep`` stay, and ``metrics.jsonl``, a line a step. Each file is whole or as
+    it was, but for the last line of the metrics."""
+
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path, self.keep = path, keep
+        self.metrics = path / "metrics.jsonl"
+
+    def checkpoints(self) -> list[Path]:
+        """The newest last."""
+        return sorted((self.path / "checkpoints").glob("step-*.pt"))
+
+    def choose(self, ckpt_path: str | None) -> Path | None:
+        """The checkpoint that is asked for: None is the newest if there is one, "last" insists on it, "none" is none. Raises
+        :class:`UserError` if there is no last one."""
+        if ckpt_path == "none":
+            return None
+        if ckpt_path not in (None, "last"):
+            return Path(ckpt_path)
+        if ckpt_path == "last" and not self.checkpoints():
+            raise UserError(f"there is no checkpoint in {self.path}; leave ckpt_path out to begin there")
+        return next(reversed(self.checkpoints()), None)
+
+    def save(self, steps: int, state: Mapping[str, Any]) -> None:
+        """Write the checkpoint after ``steps`` steps, and forget the oldest."""
+        folder = self.path / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        torch.save({"steps": steps, **state}, folder / "writing.tmp")
+        (folder / "writing.tmp").replace(folder / f"step-{steps:06d}.pt")
+        for old in self.checkpoints()[: -self.keep]:
+            old.unlink()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def rewind(self, steps: int) -> None:
+        """Leave what the first ``steps`` steps wrote: later checkpoints and metrics are of a run that is replaced."""
+        for later in self.checkpoints():
+            if int(later.stem.removeprefix("step-")) > steps:
+                later.unlink()
+        if self.metrics.exists():
+            lines = self.metrics.read_text(encoding="utf-8").splitlines()
+            kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] < steps]  # the last one may be torn
+            temporary = self.path / "metrics.tmp"
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            temporary.replace(self.metrics)

@@ -106,7 +106,7 @@ class RLTrainer:
         self.expander, self.reward, self.greedy, self.out = expander, reward, greedy, Path(out)
         self.max_steps, self.mini_batches, self.epochs, self.micro_batch = max_steps, mini_batches, epochs, micro_batch
         self.gradient_clip, self.validate_every = gradient_clip, validate_every
-        self.checkpoint_every, self.keep = checkpoint_every, keep
+        self.checkpoint_every, self.folder = checkpoint_every, checkpoints.RunFolder(self.out, keep)
         self.concurrency, self.parallel, self.decode_batch, self.seed = concurrency, parallel, decode_batch, seed
         self.precision, self.callbacks = precision, callbacks or []
         self.fabric = Fabric(
@@ -198,7 +198,7 @@ class RLTrainer:
             raise UserError("trainer.greedy is null: say how validation answers are made")
         self.fabric.launch()
         self.fabric.setup(model)
-        if ckpt_path and (path := self._checkpoint(ckpt_path)):
+        if ckpt_path and (path := self.folder.choose(ckpt_path)):
             self._load(path, model, checkpoints.read(path, "settings", self.fabric.device))
         backend = HFBackend.live(model.model, model.tokenizer, model.table, self.decode_batch)
         metrics, _ = self._validate(backend, datamodule)
@@ -406,8 +406,7 @@ class RLTrainer:
         if not self.is_global_zero:
             return
         self.logger.log_metrics(metrics, step)
-        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.folder.log(step, metrics)
 
     def _show(self, name: str, rollouts: Sequence[Rollout], step: int) -> None:
         """Sample paths with their verdicts in TensorBoard."""
@@ -449,40 +448,13 @@ class RLTrainer:
         return describe(settings)
 
     def _save(self, steps: int, model: RLModule, optimizer: Any, settings: dict[str, Any]) -> None:
-        """Write a checkpoint whole or not at all, and forget the oldest."""
-        if not self.is_global_zero:
-            return
-        folder = self.out / "checkpoints"
-        folder.mkdir(exist_ok=True)
-        path, temporary = folder / f"step-{steps:06d}.pt", folder / "writing.tmp"
-        state = {
-            "steps": steps,
-            "settings": settings,
-            "model": model.model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
-        torch.save(state, temporary)
-        temporary.replace(path)
-        for old in self._saved()[: -self.keep]:
-            old.unlink()
-
-    def _saved(self) -> list[Path]:
-        """Checkpoints in ``out``, the newest last."""
-        return sorted((self.out / "checkpoints").glob("step-*.pt"))
-
-    def _checkpoint(self, ckpt_path: str | None) -> Path | None:
-        """The checkpoint that is asked for; None to begin anew."""
-        if ckpt_path == "none":
-            return None
-        if ckpt_path not in (None, "last"):
-            return Path(ckpt_path)
-        if ckpt_path == "last" and not self._saved():
-            raise UserError(f"there is no checkpoint in {self.out}; leave ckpt_path out to begin there")
-        return next(reversed(self._saved()), None)
+        if self.is_global_zero:
+            weights = {"model": model.model.state_dict(), "optimizer": optimizer.state_dict()}
+            self.folder.save(steps, {"settings": settings, **weights})
 
     def _resume(self, model: RLModule, optimizer: Any, settings: dict[str, Any], ckpt_path: str | None) -> int:
         """Go back to a checkpoint; returns the number of steps done."""
-        path, first = self._checkpoint(ckpt_path), 0
+        path, first = self.folder.choose(ckpt_path), 0
         if path:
             state = checkpoints.read(path, "settings", self.fabric.device)
             if state["settings"] != settings:
@@ -494,7 +466,7 @@ class RLTrainer:
             optimizer.load_state_dict(state["optimizer"])
             first = int(state["steps"])
         if self.is_global_zero:
-            self._forget(first)
+            self.folder.rewind(first)
         return first
 
     def _load(self, path: Path, model: RLModule, state: dict[str, Any]) -> None:
@@ -504,18 +476,6 @@ class RLTrainer:
             raise UserError(
                 f"{path} does not fit the model: other sizes or another vocabulary; give the model.model that its run began with"
             ) from error
-
-    def _forget(self, first: int) -> None:
-        """Leave in ``out`` what its first ``first`` steps wrote: later checkpoints and metrics are of a run that is replaced."""
-        for later in self._saved():
-            if int(later.stem.removeprefix("step-")) > first:
-                later.unlink()
-        metrics, temporary = self.out / "metrics.jsonl", self.out / "metrics.tmp"
-        if metrics.exists():
-            lines = metrics.read_text(encoding="utf-8").splitlines()
-            kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] < first]  # the last one may be torn
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            temporary.replace(metrics)
 
     def _export(self, model: RLModule) -> None:
         if self.is_global_zero:
