@@ -1,5 +1,6 @@
 """``rftt search`` with a scripted backend: what is stored, what is skipped, what a killed run loses (nothing), what is refused."""
 
+import functools
 import json
 import os
 import re
@@ -168,7 +169,12 @@ def begin(config: Path, out: Path) -> subprocess.Popen:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests", root / "tests" / "app")))}
     slow = ["--backend", f"{__name__}.Slow", "--out", str(out)]
     command = [sys.executable, "-m", "rftt_lightning", "search", "--config", str(config), *slow]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = functools.partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # a shell's background jobs, as tests may be, ignore it
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    )
     while not any(path.read_bytes().count(b"\n") for path in shards(out, "trees")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
