@@ -200,6 +200,7 @@ def gather(out: Path, demo: Demo) -> dict[str, Any]:
 def show(results: dict[str, Any], out: Path, short: int) -> None:
     console = Console(width=118)
     table = Table(title=f"{results['base']['n']} fresh test problems, greedy answers, accuracy in % [95 % interval]")
+    console.print()
     for column in ("", "accuracy", "tokens", "verify", "refine", "wrong→right", "right→wrong"):
         table.add_column(column, justify="left" if not column else "right")
     for arm, title in ARMS.items():
