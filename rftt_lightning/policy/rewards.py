@@ -74,11 +74,12 @@ class ProcessReward(Reward):
 
     def score(self, source: ProblemSource, rollouts: Sequence[Rollout]) -> list[Score]:
         checked = [tuple(source.check_steps(rollout.problem, rollout.steps)) for rollout in rollouts]
-        centers = self._centers(rollouts, checked)
+        numbered = [turns(rollout) for rollout in rollouts]
+        centers = self._centers(numbered, checked)
         scores = []
         verdicts = judge(source, rollouts, self.table)
-        for rollout, steps, verdict in zip(rollouts, checked, verdicts, strict=True):
-            pairs = zip(turns(rollout), steps, strict=True)
+        for path, steps, verdict in zip(numbered, checked, verdicts, strict=True):
+            pairs = zip(path, steps, strict=True)
             rewards = [0.0 if s is None else self.weight * (s - centers[turn]) for turn, s in pairs]
             if self.credit == "segment":
                 rewards = [now - later for now, later in zip(rewards, [*rewards[1:], 0.0], strict=True)]
@@ -86,11 +87,11 @@ class ProcessReward(Reward):
         return scores
 
     def _centers(
-        self, rollouts: Sequence[Rollout], checked: Sequence[tuple[float | None, ...]]
+        self, numbered: Sequence[list[tuple[str, int]]], checked: Sequence[tuple[float | None, ...]]
     ) -> dict[tuple[str, int], float]:
         scores: dict[tuple[str, int], list[float]] = defaultdict(list)
-        for rollout, steps in zip(rollouts, checked, strict=True):
-            for turn, step in zip(turns(rollout), steps, strict=True):
+        for path, steps in zip(numbered, checked, strict=True):
+            for turn, step in zip(path, steps, strict=True):
                 if step is not None:
                     scores[turn].append(step)
         return {turn: sum(v) / len(v) if self.center is None else self.center for turn, v in scores.items()}

@@ -103,7 +103,9 @@ def add_functional_tokens(
 
 
 def _rename_reserved(tokenizer: PreTrainedTokenizerBase, tags: Sequence[str]) -> None:
-    """Give the names ``tags`` to as many reserved tokens, lowest ids first, as there are."""
+    """Give the names ``tags`` to as many reserved tokens, lowest ids first, as there are (in a fast tokenizer)."""
+    if not tokenizer.is_fast or not any(map(RESERVED.fullmatch, tokenizer.get_vocab())):
+        return
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     reserved = sorted((t for t in state["added_tokens"] if RESERVED.fullmatch(t["content"])), key=lambda t: t["id"])
     names = {token["content"]: tag for token, tag in zip(reserved, tags, strict=False)}

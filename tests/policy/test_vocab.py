@@ -29,9 +29,11 @@ def build(tied: bool, spare: int):
 def test_rows_are_added_only_where_spare_ones_do_not_suffice(tied, spare, rows_after):
     model, tokenizer = build(tied, spare)
     known = len(tokenizer)
+    backend = tokenizer.backend_tokenizer
     heads = [model.get_input_embeddings(), model.get_output_embeddings()]
     before = [head.weight[:known].clone() for head in heads]
     assert len(add_functional_tokens(model, tokenizer, TABLE)) == 16
+    assert tokenizer.backend_tokenizer is backend  # nothing reserved, nothing rebuilt
     after = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
     assert [len(weight) for weight in after] == [
         known + rows_after

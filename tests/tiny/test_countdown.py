@@ -6,7 +6,7 @@ import random
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rftt_lightning.core.contracts import Status, Step, UserError
+from rftt_lightning.core.contracts import Problem, Status, Step, UserError
 from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.policy.vocab import add_functional_tokens
@@ -14,6 +14,7 @@ from rftt_lightning.tiny.countdown import Countdown, chain_of_thought, document,
 
 TABLE = TokenTable.from_yaml()
 BASE = resolve("pkg:tiny/checkpoints/countdown")
+PROBLEM = Problem("p", "3 7 12 target 9", data={"numbers": [3, 7, 12], "target": 9})
 
 
 def brute_force(numbers: tuple[int, ...]) -> set[int]:
@@ -79,16 +80,13 @@ def test_every_step_of_a_base_document_is_right_and_legal():
     ],
 )
 def test_judge_evaluates_the_equations(answer, status):
-    source = Countdown("train", count=1)
-    problem = source.problems()[0]
-    problem = type(problem)("p", "3 7 12 target 9", data={"numbers": [3, 7, 12], "target": 9})
+    source, problem = Countdown("train", count=1), PROBLEM
     assert source.judge(problem, answer).status is status
     assert source.judge(problem, f"<output>{answer}</output>").status is status
 
 
 def test_steps_are_scored_as_they_are():
-    source = Countdown("train", count=1)
-    problem = type(source.problems()[0])("p", "3 7 12 target 9", data={"numbers": [3, 7, 12], "target": 9})
+    source, problem = Countdown("train", count=1), PROBLEM
     steps = [
         Step("clarify", "whatever"),
         Step("next_step", "3 + 7 = 10 ; 12 10"),
@@ -123,8 +121,7 @@ def test_steps_are_scored_as_they_are():
     ],
 )
 def test_going_round_in_circles_is_wrong(last, score):
-    source = Countdown("train", count=1)
-    problem = type(source.problems()[0])("p", "3 7 12 target 9", data={"numbers": [3, 7, 12], "target": 9})
+    source, problem = Countdown("train", count=1), PROBLEM
     steps = [
         Step("next_step", "3 + 7 = 10 ; 12 10"),
         Step("next_step", "12 - 10 = 2 ; 2"),
