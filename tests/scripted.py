@@ -221,6 +221,23 @@ class ScriptedReward(Reward):
         )
 
 
+class LateReward(Reward):
+    """Pays in [0, 1) by a hash of the path, at its end. The verdict of a ``share`` of the paths, and of all to ``problems`` (ids), has
+    timed out, of others it is right; neither pay nor search hangs on that."""
+
+    def __init__(self, share: float = 0.0, problems: Sequence[str] = ()) -> None:
+        self.share, self.problems = share, list(problems)
+
+    def score(self, source: ProblemSource, rollouts: Sequence[Rollout]) -> list[Score]:
+        return [self._score(rollout) for rollout in rollouts]
+
+    def _score(self, rollout: Rollout) -> Score:
+        path = rollout.problem.id, *(segment.tokens for segment in rollout.segments)
+        late = rollout.problem.id in self.problems or uniform("late", path) < self.share
+        pay = (*(0.0 for _ in rollout.segments[1:]), uniform("pay", path))
+        return Score(Verdict(Status.TIMED_OUT if late else Status.RIGHT), 0.5, pay)
+
+
 def table_of(grammar: Mapping[str, Sequence[str]], prompted: Mapping[str, Sequence[str]] | None = None) -> TokenTable:
     """A table with these rows, read as a user's file would be; ``prompted`` is ``grammar`` unless given."""
     import tempfile

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rftt_lightning.app.command import run_command
 from rftt_lightning.app.search import harvest
-from rftt_lightning.core.contracts import Backend, Problem, ProblemSource, Reward, Rollout, Status, UserError
+from rftt_lightning.core.contracts import Backend, Problem, ProblemSource, Reward, Rollout, UserError
 from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.core.tree import Tree
 from rftt_lightning.search.expand import Expander
 from rftt_lightning.search.vote import Accuracy, best, score_of, vote
+from rftt_lightning.training.metrics import AnswerAccuracy
 
 VOTES: dict[str, Callable[[Sequence[Rollout]], Rollout | None]] = {
     "majority": vote,
@@ -41,7 +43,8 @@ def evaluate(
     concurrency: int = 128,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Answer every problem of a source, greedily and by search, and report accuracies with 95 % intervals.
+    """Answer every problem of a source, greedily and by search, and report accuracies with 95 % intervals; of the greedy
+    answers also by level and by subject, where the problems have them.
 
     Writes ``results.json``, ``table.txt`` and ``accuracy.png`` to ``out``; the trees are kept beside them, so an interrupted
     evaluation goes on where it was.
@@ -123,11 +126,11 @@ def _greedy(
 ) -> dict[str, Any]:
     answers = [tree.rollouts()[0] for tree in trees]
     n = len(answers)
-    verdicts = Counter(r.score.verdict.status for r in answers if r.score)
+    accuracy = AnswerAccuracy()
+    accuracy.update([r.score.verdict for r in answers if r.score], [r.problem for r in answers if r.score])
     use = Counter(segment.tag for r in answers for segment in r.segments)
     return {
-        **Accuracy.of(verdicts[Status.RIGHT], n).to_json(),
-        "verdicts": {status.value: verdicts[status] for status in Status},
+        **accuracy.compute(),
         "tokens_per_problem": sum(r.length for r in answers) / n,
         "seconds_per_problem": seconds / n,
         "complete": sum(r.complete for r in answers) / n,
@@ -196,7 +199,18 @@ def _table(results: dict[str, Any]) -> str:
         table.add_row(f"{n} rollouts", *(_cell(row[name]) for name in (*VOTES, "any")), *_costs(row))
     console = Console(width=140, record=True, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115
     console.print(table)
+    for name in ("level", "subject"):
+        groups = results.get("greedy", {}).get(f"by_{name}", {})
+        if len(groups) > 1:
+            console.print(_groups(name, groups))
     return console.export_text()
+
+
+def _groups(name: str, groups: dict[str, dict[str, Any]]) -> Table:
+    table = Table(name, "problems", "greedy", title=f"by {name}")
+    for group, row in groups.items():
+        table.add_row(escape(group), str(row["n"]), _cell(row))
+    return table
 
 
 def _cell(row: dict[str, Any]) -> str:

@@ -17,7 +17,8 @@ class OutcomeReward(Reward):
     Args:
         right: reward of a right answer.
         wrong: of an answer that is there and wrong (the paper's 0.1).
-        none: of a path without an answer, or whose budget was spent.
+        none: of a path without an answer, whose budget was spent, or whose verdict timed out (the trainer drops the latter, see
+            its ``drop_timed_out``).
         tokens: functional-token table; None is the paper's.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,13 +26,15 @@ from rftt_lightning.policy.rewards import Confidence
 from rftt_lightning.search import driver
 from rftt_lightning.search.expand import TokenExpander, seed_of
 from rftt_lightning.search.store import LOCK, describe, differences
-from rftt_lightning.search.vote import Accuracy
 from rftt_lightning.training import checkpoints
+from rftt_lightning.training.metrics import AnswerAccuracy
 from rftt_lightning.training.problems import ProblemDataModule
 from rftt_lightning.training.rl import MEASURED, RLBatch, RLModule, collate
 
 PRECISIONS = ("32-true", "bf16-mixed")
 """Weights are in float32 in both: in half precision most of RL's small updates would be rounded away."""
+MANY_TIMED_OUT = 0.05
+"""Share of a step's rollouts; if the verdicts of more have timed out, a warning says so."""
 
 
 class RLTrainer:
@@ -46,6 +49,10 @@ class RLTrainer:
         mini_batches: optimizer updates a step, fewer where a device has fewer rollouts; epochs: passes over the rollouts.
         micro_batch: rollouts that go through the model at once when learning.
         gradient_clip: largest norm of the gradient, above 0.
+        drop_timed_out: learn nothing from rollouts whose verdict timed out. Nothing is known of their answers, and the machine's
+            load alone can be the cause, so any pay would be noise (OutcomeReward's ``none`` is less than for a wrong answer).
+            They are logged as ``dropped``; ``accuracy`` counts them as not right. False learns from what the reward pays: for a
+            policy that comes to write what cannot be judged, which dropping does not teach it to leave.
         validate_every, checkpoint_every: steps; keep: checkpoints kept.
         concurrency, parallel, decode_batch: trees that grow together, rollouts under way in one, rows decoded together.
         seed: of sampling and of the shuffling into mini-batches; the problems' order has data.seed, added rows of the
@@ -68,6 +75,7 @@ class RLTrainer:
         epochs: int = 1,
         micro_batch: int = 64,
         gradient_clip: float = 1.0,
+        drop_timed_out: bool = True,
         validate_every: int = 10,
         checkpoint_every: int = 10,
         keep: int = 2,
@@ -105,7 +113,7 @@ class RLTrainer:
             raise UserError("trainer.out is empty; give a folder")
         self.expander, self.reward, self.greedy, self.out = expander, reward, greedy, Path(out)
         self.max_steps, self.mini_batches, self.epochs, self.micro_batch = max_steps, mini_batches, epochs, micro_batch
-        self.gradient_clip, self.validate_every = gradient_clip, validate_every
+        self.gradient_clip, self.drop_timed_out, self.validate_every = gradient_clip, drop_timed_out, validate_every
         self.checkpoint_every, self.folder = checkpoint_every, checkpoints.RunFolder(self.out, keep)
         self.concurrency, self.parallel, self.decode_batch, self.seed = concurrency, parallel, decode_batch, seed
         self.precision, self.callbacks = precision, callbacks or []
@@ -255,7 +263,10 @@ class RLTrainer:
         )
         rollouts = [rollout for tree in trees for rollout in tree.rollouts()]
         times.append(time.monotonic())
-        batch = collate(rollouts, model.vocabulary).to(self.fabric.device)
+        kept = [rollout for rollout in rollouts if not self._drops(rollout)]
+        # A rank that keeps none must take part in all that the others do, with a row of which nothing is learned.
+        batch = collate(kept, model.vocabulary) if kept else collate(rollouts[:1], model.vocabulary).muted()
+        batch = batch.to(self.fabric.device)
         with self.fabric.autocast():  # as in the update, or the ratio would not begin at one
             batch = model.prepare(batch, self.micro_batch, self._sum)
         times.append(time.monotonic())
@@ -264,7 +275,12 @@ class RLTrainer:
         if step % self.validate_every == 0:
             self._text("tree", trees[0].render(), step)
             self._show("tree", trees[0].rollouts()[:3], step)
-        return learned | self._measure(rollouts, batch, progress, times)
+        return learned | self._measure(rollouts, len(kept), batch, progress, times)
+
+    def _drops(self, rollout: Rollout) -> bool:
+        """Is it left out of what is learned?"""
+        late = rollout.score is not None and rollout.score.verdict.status is Status.TIMED_OUT
+        return self.drop_timed_out and late
 
     def _grow(
         self,
@@ -303,7 +319,10 @@ class RLTrainer:
         for _ in range(self.epochs):
             for index in torch.randperm(len(batch)).tensor_split(mini_batches):
                 mini = batch.rows(index.to(batch.tokens_BL.device))
-                totals = self._sum(model.totals(mini)).clamp(min=1.0)
+                totals = self._sum(model.totals(mini))
+                if totals[1] == 0:  # all ranks dropped all: momentum and weight decay alone are no learning
+                    continue
+                totals = totals.clamp(min=1.0)
                 parts = [part for _, part in mini.split(self.micro_batch)]
                 total = torch.zeros(len(MEASURED), device=batch.tokens_BL.device)
                 for number, micro in enumerate(parts):
@@ -323,29 +342,38 @@ class RLTrainer:
                 optimizer.step()
                 optimizer.zero_grad()
                 norms, updates = norms + float(norm), updates + 1
-        return {name: value / updates for name, value in sums.items()} | {"grad_norm": norms / updates, "lr": rate}
+        means = {name: value / updates for name, value in sums.items()}
+        return means | {"grad_norm": norms / max(updates, 1), "lr": rate}
 
     def _measure(
-        self, rollouts: Sequence[Rollout], batch: RLBatch, progress: driver.Progress, times: Sequence[float]
+        self,
+        rollouts: Sequence[Rollout],
+        kept: int,
+        batch: RLBatch,
+        progress: driver.Progress,
+        times: Sequence[float],
     ) -> dict[str, float]:
-        n = self._sum(torch.tensor(float(len(rollouts))))
-        right = sum(r.score.verdict.right for r in rollouts if r.score)
+        """Metrics of a step: accuracy, length and use of tokens are those of all rollouts, reward, KL and the sampler's gap those
+        of the ``kept`` ones in ``batch``."""
         # Rollouts of one tree share prefixes, so they are not independent: the true interval is wider than this one.
-        accuracy = Accuracy.of(int(self._sum(torch.tensor(float(right)))), int(n))
-        tokens = self._sum(batch.mask_BT.sum())
+        found = self._judged(rollouts)
+        n = found["n"]
+        learned = float(self._sum(torch.tensor(float(kept))))
+        tokens = self._sum(batch.mask_BT.sum()).clamp(min=1)
         kl = self._sum(((batch.old_BT - batch.reference_BT) * batch.mask_BT).sum()) / tokens
         gap = (
             (batch.old_BT - batch.behaviour_BT).abs() * (batch.provenance_BT == int(Provenance.SAMPLED)) * batch.mask_BT
         )
         seconds = times[-1] - times[0]
         metrics = {
-            "reward": float(self._sum(batch.rewards_BT.sum()) / n),
-            "accuracy": accuracy.accuracy,
-            "accuracy_low": accuracy.low,
-            "accuracy_high": accuracy.high,
+            "reward": float(self._sum(batch.rewards_BT.sum()) / max(learned, 1.0)),
+            "accuracy": found["accuracy"],
+            "accuracy_low": found["low"],
+            "accuracy_high": found["high"],
             "rollouts": float(n),
+            "dropped": n - learned,
             "kl": float(kl),
-            "length": float(tokens / n),
+            "length": float(self._sum(torch.tensor(float(sum(r.length for r in rollouts)))) / n),
             "complete": float(self._sum(torch.tensor(float(sum(r.complete for r in rollouts)))) / n),
             "sampler_gap": float(self._sum(gap.sum()) / tokens),
             "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
@@ -356,14 +384,17 @@ class RLTrainer:
         }
         use = Counter(segment.tag for rollout in rollouts for segment in rollout.segments)
         checked, correct = self._step_scores(rollouts)
-        verdicts = progress.verdicts
         for name in self.expander.table.names:
             metrics[f"functional_tokens/{name}"] = float(self._sum(torch.tensor(float(use[name]))) / n)
             if scored := float(self._sum(torch.tensor(checked[name]))):
                 metrics[f"step_scores/{name}"] = float(self._sum(torch.tensor(correct[name]))) / scored
-        for status in Status:
-            metrics[f"verdicts/{status.value}"] = float(self._sum(torch.tensor(float(verdicts[status]))))
-        return metrics
+        return metrics | {f"verdicts/{status}": float(count) for status, count in found["verdicts"].items()}
+
+    def _judged(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
+        """What :class:`AnswerAccuracy` says of the rollouts of all ranks."""
+        metric = AnswerAccuracy().to(self.fabric.device)
+        metric.update([r.score.verdict for r in rollouts if r.score], [r.problem for r in rollouts if r.score])
+        return metric.compute()
 
     @staticmethod
     def _step_scores(rollouts: Sequence[Rollout]) -> tuple[dict[str, float], dict[str, float]]:
@@ -383,17 +414,10 @@ class RLTrainer:
         progress = driver.Progress()
         trees = self._grow(problems, self.greedy, Confidence(), backend, data.validation, self.seed, progress)  # type: ignore[arg-type]
         answers = [tree.rollouts()[0] for tree in trees]
-        right = sum(r.score.verdict.right for r in answers if r.score)
-        counts = [float(right), float(len(answers)), float(sum(r.length for r in answers))]
-        right, n, tokens = self._sum(torch.tensor(counts)).tolist()
-        accuracy = Accuracy.of(int(right), int(n))
-        metrics = {
-            "validation/accuracy": accuracy.accuracy,
-            "validation/low": accuracy.low,
-            "validation/high": accuracy.high,
-            "validation/length": tokens / n,
-        }
-        return metrics, answers
+        found = self._judged(answers)
+        tokens = self._sum(torch.tensor(float(sum(r.length for r in answers))))
+        metrics = {f"validation/{name}": found[name] for name in ("accuracy", "low", "high")}
+        return metrics | {"validation/length": float(tokens) / found["n"]}, answers
 
     # -- logging, saving -------------------------------------------------------------------------------------------------
 
@@ -407,6 +431,14 @@ class RLTrainer:
             return
         self.logger.log_metrics(metrics, step)
         self.folder.log(step, metrics)
+        late = metrics["verdicts/timed_out"] / metrics["rollouts"]
+        if late > MANY_TIMED_OUT:
+            fate = "and were dropped" if self.drop_timed_out else "and were learned from as the reward pays them"
+            warnings.warn(
+                f"step {step}: {100 * late:.0f} % of the verdicts timed out {fate}; is the machine overloaded, or does the policy "
+                "write what cannot be judged?",
+                stacklevel=2,
+            )
 
     def _show(self, name: str, rollouts: Sequence[Rollout], step: int) -> None:
         """Sample paths with their verdicts in TensorBoard."""
@@ -432,7 +464,7 @@ class RLTrainer:
 
     def _settings(self, model: RLModule, data: ProblemDataModule) -> dict[str, Any]:
         """What the numbers of a run depend on, as :meth:`fit` says: a checkpoint keeps it, resuming compares it."""
-        names = ("seed", "mini_batches", "epochs", "gradient_clip", "parallel", "precision", "expander", "reward")
+        names = "seed mini_batches epochs gradient_clip drop_timed_out parallel precision expander reward".split()
         problems = data.train.problems()
         settings = {
             "model": {**model.hparams, "model": f"weights {fingerprint(model.reference)}"},

@@ -54,6 +54,10 @@ class RLBatch:
     def to(self, device: torch.device) -> RLBatch:
         return RLBatch(*(column.to(device) for column in self.columns()))
 
+    def muted(self) -> RLBatch:
+        """The same rows with nothing to learn in them: no response token, no reward."""
+        return replace(self, mask_BT=torch.zeros_like(self.mask_BT), rewards_BT=torch.zeros_like(self.rewards_BT))
+
     def split(self, rows: int) -> Iterator[tuple[Tensor, RLBatch]]:
         """Micro-batches of at most ``rows`` rows of like length, each with the numbers of its rows, and without the columns that
         are padding in all of them."""

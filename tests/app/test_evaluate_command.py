@@ -33,12 +33,15 @@ PATHS = {  # question -> what is answered the first, second, … time; the answe
 }
 
 
+LEVELS = {"a": "1", "b": "1", "c": "[2]", "d": ""}
+
+
 class Source(ProblemSource):
     def __init__(self, count: int = len(PATHS)) -> None:
         self.count = count
 
     def problems(self):
-        return [Problem(name, name, answer="r") for name in PATHS][: self.count]
+        return [Problem(name, name, answer="r", level=LEVELS[name]) for name in PATHS][: self.count]
 
     def judge(self, problem, response):
         answer = TABLE.parse(response)[-1].text
@@ -115,6 +118,11 @@ def test_every_figure_is_what_counting_gives(config, tmp_path, capsys):
     assert greedy["verdicts"] == {"right": 2, "wrong": 1, "no_answer": 1, "unparsable_gold": 0, "timed_out": 0}
     assert (greedy["accuracy"], greedy["n"], greedy["complete"]) == (0.5, 4, 0.75)
     assert greedy["low"] < 0.5 < greedy["high"]
+    assert {level: (row["accuracy"], row["n"]) for level, row in greedy["by_level"].items()} == {
+        "1": (1.0, 2),
+        "[2]": (0.0, 1),
+    }
+    assert greedy["by_level"]["[2]"]["verdicts"]["wrong"] == 1 and "by_subject" not in greedy
     assert greedy["wrong_to_right"] == 0.25 and greedy["right_to_wrong"] == 0.25
     use = greedy["functional_tokens_per_answer"]
     assert (use["verify"], use["refine"], use["output"], use["clarify"]) == (0.5, 0.5, 0.75, 0.0)
@@ -125,6 +133,8 @@ def test_every_figure_is_what_counting_gives(config, tmp_path, capsys):
     # majority of four: a 2:2 is won by the answer that came first, b 3:1 right, c 2 w against v and r, d 2 r of three answers
     assert rows["4"]["majority"]["accuracy"] == 0.75
     said = capsys.readouterr().out
+    assert "by level" in said and "[2]" in said and "by subject" not in said
+    assert said.count("by level") == 1 == (tmp_path / "out" / "table.txt").read_text().count("by level")
     assert "4 rollouts" in said and str(tmp_path / "out" / "results.json") in said
     assert (tmp_path / "out" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
     assert len(list(read_trees(tmp_path / "out" / "search"))) == 4

@@ -1,6 +1,7 @@
 """RL on a tiny random model: what is learned from, and runs that repeat and resume bitwise."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -12,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from lightning import Fabric
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaForCausalLM
 
 from rftt_lightning.app.cli import main
 from rftt_lightning.core.contracts import Problem, Provenance, Rollout, Score, Segment, Status, UserError, Verdict
+from rftt_lightning.core.tree import Tree
 from rftt_lightning.policy import objectives
 from rftt_lightning.policy.vocab import load
 from rftt_lightning.search.store import LOCK
@@ -143,6 +146,7 @@ def contents(out: Path) -> dict[Path, bytes]:
         ("--trainer.expander.init_args.c=1", "trainer.expander.c: 2.0 there, 1.0 here"),
         ("--trainer.reward.init_args.process_weight=0.1", "trainer.reward.process_weight"),
         ("--trainer.precision=bf16-mixed", "trainer.precision"),
+        ("--trainer.drop_timed_out=false", "trainer.drop_timed_out: true there, false here"),
         ("--model.final_lr=0.5", "trainer.max_steps: null there, 4 here"),
         ("--ckpt_path=@/junk.pt", "junk.pt is no checkpoint, or a damaged one"),
         ("--ckpt_path=@/other.pt", "other.pt is no checkpoint of this command"),
@@ -248,6 +252,80 @@ def test_every_verdict_of_a_step_is_accounted_for(tmp_path, capfd):
     assert sum(line[f"verdicts/{status.value}"] for status in Status) == line["rollouts"] > 0
     assert line["share_rollout"] + line["share_score"] + line["share_update"] == pytest.approx(1.0)
     assert line["accuracy_low"] <= line["accuracy"] <= line["accuracy_high"]
+    assert line["dropped"] == 0
+
+
+def late(share: float, drop: bool = True) -> list[str]:
+    """Options of one step and one update, whose verdicts time out in this share."""
+    reward = json.dumps({"class_path": "scripted.LateReward", "init_args": {"share": share}})
+    one = ["--trainer.max_steps=1", "--trainer.mini_batches=1", "--trainer.gradient_clip=1e9"]
+    return [f"--trainer.reward={reward}", f"--trainer.drop_timed_out={str(drop).lower()}", *one]
+
+
+@pytest.fixture
+def gradients(tmp_path, monkeypatch):
+    """A run of one step: its gradients (none if nothing was learned), and what it logged."""
+    seen: list[list[torch.Tensor]] = []
+    clip = Fabric.clip_gradients
+
+    def watched(fabric, module, optimizer, **kwargs):
+        seen.append([p.grad.clone() for p in module.parameters()])
+        return clip(fabric, module, optimizer, **kwargs)
+
+    monkeypatch.setattr(Fabric, "clip_gradients", watched)
+
+    def of(*options: str) -> tuple[list[torch.Tensor], dict]:
+        seen.clear()
+        out = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        assert fit(out, *options) == 0
+        (line,) = (out / "metrics.jsonl").read_text().splitlines()
+        assert "NaN" not in line
+        return [grad for update in seen for grad in update], json.loads(line)
+
+    return of
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("advantage", ["reinforce++", "reinforce++-baseline"])
+@pytest.mark.filterwarnings("ignore:step 0")
+def test_what_timed_out_is_as_if_it_were_not_there_or_is_learned_from(gradients, monkeypatch, advantage):
+    option = f"--model.advantage={advantage}"
+    everything, line = gradients(*late(0.0), option)
+    assert line["dropped"] == line["verdicts/timed_out"] == 0 and line["accuracy"] == 1
+    counted, line = gradients(*late(0.5, drop=False), option)
+    assert same(counted, everything) and line["dropped"] == 0 < line["verdicts/timed_out"]
+    dropped, line = gradients(*late(0.5), option)
+    assert 0 < line["dropped"] == line["verdicts/timed_out"] < line["rollouts"]
+    assert line["accuracy"] == 1 - line["dropped"] / line["rollouts"]
+    assert not same(dropped, everything)
+
+    whole = Tree.rollouts
+    known = lambda tree: [r for r in whole(tree) if r.score.verdict.status is not Status.TIMED_OUT]  # noqa: E731
+    monkeypatch.setattr(Tree, "rollouts", known)
+    absent, other = gradients(*late(0.5, drop=False), option)
+    assert same(dropped, absent) and other["rollouts"] == line["rollouts"] - line["dropped"]
+    assert all(line[name] == other[name] for name in ("loss", "reward", "kl", "sampler_gap", "grad_norm"))
+
+
+@pytest.mark.filterwarnings("ignore:step 0")
+def test_a_step_whose_verdicts_all_timed_out_changes_nothing(gradients, tmp_path):
+    nothing, line = gradients(*late(1.0), "--model.weight_decay=0.1")
+    assert not nothing and line["dropped"] == line["rollouts"] > 0
+    start = load(BASE, "float32")[0].state_dict()
+    end = learned(tmp_path / "run-0")[1]
+    assert all(torch.equal(end[name][: len(start[name])], start[name]) for name in start)
+    some, _ = gradients(*late(1.0, drop=False))
+    assert some
+
+
+@pytest.mark.parametrize("share, said", [(0.0, ""), (0.5, "step 0: .* % of the verdicts timed out and were dropped")])
+def test_many_verdicts_that_time_out_are_warned_of_in_one_line(tmp_path, recwarn, share, said):
+    assert fit(tmp_path, *late(share)) == 0
+    found = [str(w.message) for w in recwarn if "timed out" in str(w.message)]
+    assert len(found) == bool(said) and all(re.match(said, line) and "\n" not in line for line in found)
 
 
 @pytest.mark.parametrize(
