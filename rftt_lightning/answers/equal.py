@@ -5,55 +5,94 @@ Order of means: identical normal forms; exact rationals; identities modulo a pri
 
 from __future__ import annotations
 
-import itertools
-import re
-import time
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Protocol
 
 from rftt_lightning.answers.exact import (
     Undecided,
     approximate,
+    proportional_polynomials,
     rational,
     same_polynomial,
 )
-from rftt_lightning.answers.parse import UNITS, Node, num, sym
-from rftt_lightning.answers.workers import PROVERS, TimedOut
+from rftt_lightning.answers.parse import Node, num, sym
+from rftt_lightning.answers.regions import FLIPPED, ORDERED, REALS, Region, is_constant, region, same_region
+from rftt_lightning.answers.units import measure
+from rftt_lightning.answers.words import EMPTY, words
 
-_EQUATION, _ORDERED = "=", ("<", "<=", ">", ">=", "!=")
-_FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "!=": "!="}
-FLOAT_DIGITS = 12
-"""A decimal of at least so many significant digits that is rightly rounded counts as the exact value (printed floats)."""
-GOLD_TOLERANCE = Fraction(1, 1000)
-"""A decimal gold admits its own precision, but no relative error above this (five times it for a computed value: an expression,
-or a decimal of three more places)."""
+_EQUATION = "="
+INTEGERS, NATURALS = sym("\\mathbb Z"), sym("\\mathbb N")
+_PARAMETERS = frozenset("kmnlt")
+FLOAT_DIGITS = 13
+"""A decimal of at least so many significant digits is a printed float, and counts as the endless value that it rounds."""
+FINER_DECIMAL, FINEST_DECIMAL = Fraction(1, 1000), Fraction(5, 1000)
+"""A decimal gold admits its own precision: any value without finite decimal (1/3, pi) that rounds to its two or more digits. Of a
+value with a finite decimal the relative error must be below this, too (with one or two more places; with three or more)."""
+
+
+class NeedsProof(Exception):
+    """The cheap means of this process do not decide: ask a worker."""
+
+
+class Prover(Protocol):
+    """What sympy is asked, in a worker (:class:`rftt_lightning.answers.prover.Sympy`)."""
+
+    steps: int
+    """Comparisons of parts that may be made; a product of two long lists has too many for this process."""
+
+    def equal(self, left: Node, right: Node) -> bool | None:
+        """True if proved, False if refuted, None if neither."""
+
+    def proportional(self, left: Node, right: Node) -> int:
+        """Sign of the constant k in left = k * right; 0 if there is none."""
+
+    def digits(self, node: Node) -> str | None:
+        """The value of a real constant to 30 decimal digits."""
+
+
+class Unproven:
+    """The prover of a process that must not be slow."""
+
+    steps = 2000
+
+    def equal(self, left: Node, right: Node) -> bool | None:
+        raise NeedsProof
+
+    def proportional(self, left: Node, right: Node) -> int:
+        raise NeedsProof
+
+    def digits(self, node: Node) -> str | None:
+        raise NeedsProof
 
 
 class Comparison:
-    """One comparison with a budget of wall-clock seconds; afterwards ``rule`` names what decided."""
+    """One comparison; afterwards ``rule`` names what decided. Raises :class:`NeedsProof` where ``prover`` does."""
 
-    def __init__(self, seconds: float) -> None:
-        self.deadline = time.monotonic() + seconds
+    def __init__(self, prover: Prover) -> None:
+        self.prover, self.steps = prover, prover.steps
         self.rule = ""
 
     def equal(self, gold: Node, answer: Node) -> bool:
-        """Raises :class:`~rftt_lightning.answers.workers.TimedOut` when the budget ends before a decision."""
         if gold == answer:
             return self._by("identical", True)
-        if time.monotonic() > self.deadline:
-            raise TimedOut("budget spent")
+        self.steps -= 1
+        if self.steps < 0:
+            raise NeedsProof
+        gold, answer = self._families(gold, answer)
         for form, compare in self._forms():
-            if {gold.op, answer.op, "reals" if _REALS in (gold, answer) else ""} & {*form}:
+            if {gold.op, answer.op, "reals" if REALS in (gold, answer) else ""} & {*form}:
                 return compare(gold, answer)
         return self._expressions(gold, answer)
 
     def _forms(self) -> list[tuple[tuple[str, ...], Callable[[Node, Node], bool]]]:
         """The first of these forms that either side has decides how to compare."""
         return [
-            (("text",), lambda g, a: self._by("text", words(g) == words(a))),
+            (("text",), lambda g, a: self._texts(g, a)),
             (("list", "set", "pm", "mp"), self._lists),
-            (("cup", "cap", "minus", "in", "reals", *_ORDERED), self._regions),
+            (("where",), self._same_family),
+            (("cup", "cap", "minus", "in", "reals", *ORDERED), self._regions),
             ((_EQUATION, "~"), self._equations),
             (("residue",), self._residues),
             (("tuple",), self._tuples),
@@ -63,6 +102,15 @@ class Comparison:
             (("percent",), self._percents),
             (("unit",), self._units),
         ]
+
+    def _texts(self, gold: Node, answer: Node) -> bool:
+        left, right = (
+            "" if n.op != "text" else "no solution" if words(n.value) in EMPTY else words(n.value)
+            for n in (gold, answer)
+        )
+        if Node("set") in (gold, answer):
+            return self._by("text", "no solution" in (left, right))
+        return self._by("text", bool(left) and left == right)
 
     def _by(self, rule: str, decided: bool) -> bool:
         self.rule = rule
@@ -77,55 +125,64 @@ class Comparison:
             left, right = rational(gold), rational(answer)
             if left == right:
                 return self._by("rational", True)
-            return self._by("rounding", _rounds_to(gold, right, answer) or _printed_float(answer, left))
+            rounded = _rounds_to(gold, right, answer) or _printed_float(answer, left)
+            return self._by("rounding" if rounded else "rational", rounded)
         except Undecided:
             pass
+        if is_constant(gold) and is_constant(answer) and (_decimal(gold) or _decimal(answer)):
+            return self._by("rounding", self._irrational(gold, answer))
         try:
             return self._by("polynomial", same_polynomial(gold, answer))
         except Undecided:
             pass
         return self._prove(gold, answer)
 
+    def _irrational(self, gold: Node, answer: Node) -> bool:
+        """A decimal on one side, an irrational number on the other: a rounded gold, or a printed float."""
+        rounded, other = (gold, answer) if _decimal(gold) else (answer, gold)
+        if _too_large(other) or (rounded is answer and _significant(answer) < FLOAT_DIGITS):
+            return False
+        if rounded is gold:
+            with contextlib.suppress(Undecided, ValueError, OverflowError):
+                return _rounds_to(gold, Fraction(approximate(answer)), answer)
+        digits = self.prover.digits(other)
+        if digits is None:
+            return False
+        return (
+            _rounds_to(gold, Fraction(digits), answer) if rounded is gold else _printed_float(answer, Fraction(digits))
+        )
+
     def _prove(self, gold: Node, answer: Node) -> bool:
         if _too_large(gold) or _too_large(answer):
             return self._by("too large", False)
-        if "." in gold.value or "." in answer.value:
-            text = self._ask("digits", answer if "." in gold.value else gold)
-            if text is not None:
-                value = Fraction(text)
-                return self._by("rounding", _rounds_to(gold, value, answer) or _printed_float(answer, value))
-        proved = self._ask("equal", gold, answer)
+        proved = self.prover.equal(gold, answer)
         return self._by("unproved" if proved is None else "sympy", proved is True)
 
-    def _ask(self, question: str, *nodes: Node) -> Any:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimedOut("budget spent")
-        return PROVERS.ask(question, list(nodes), left)
-
     def _percents(self, gold: Node, answer: Node) -> bool:
-        """25% equals 25 (sign missing) and 0.25, 1/4 (its value); but a gold 25 without the sign is not 0.25."""
+        """25% equals 25 (sign missing) and 0.25, 1/4 (its value); but a gold 25 without the sign is not 0.25, nor a gold 1/4 0.25%."""
         if gold.op == answer.op:
             return self.equal(gold.args[0], answer.args[0])
         if gold.op == "percent":
             return self.equal(gold.args[0], answer) or self.equal(Node("/", (gold.args[0], num(100))), answer)
+        with contextlib.suppress(Undecided):
+            if abs(approximate(gold)) < 1:
+                return self.equal(gold, Node("/", (answer.args[0], num(100))))
         return self.equal(gold, answer.args[0]) or self.equal(gold, Node("/", (answer.args[0], num(100))))
 
     def _units(self, gold: Node, answer: Node) -> bool:
         """A missing unit is accepted, a different one is not, a right conversion is."""
         (value, unit), (other, its) = _in_units(gold), _in_units(answer)
-        if {unit, its} <= {"", "degrees^1", "degree^1", "radians^1", "rad^1"} and (_has_pi(value) != _has_pi(other)):
-            sides = [
-                Node("*", (n, Node("/", (sym("pi"), num(180))))) if u[:3] == "deg" else n
-                for n, u in ((value, unit), (other, its))
-            ]
+        if {unit, its} <= {"", "degree", "rad"} and _has_pi(value) != _has_pi(other):
+            sides = [_in_radians(value, unit), _in_radians(other, its)]
             return self.equal(*sides)
         if not unit or not its or unit == its:
             return self.equal(value, other)
-        factors = [_factor(u) for u in (unit, its)]
-        if factors[0] is None or factors[1] is None or factors[0][0] != factors[1][0]:
+        measures = measure(unit), measure(its)
+        if {unit, its} == {"degree", "rad"}:
+            return self.equal(_in_radians(value, unit), _in_radians(other, its))
+        if measures[0].dimensions != measures[1].dimensions:
             return self._by("units", False)
-        return self.equal(Node("*", (value, num(factors[0][1]))), Node("*", (other, num(factors[1][1]))))
+        return self.equal(Node("*", (value, num(measures[0].factor / measures[1].factor))), other)
 
     def _bases(self, gold: Node, answer: Node) -> bool:
         """A missing base is accepted like a missing unit."""
@@ -196,6 +253,39 @@ class Comparison:
             return self._by("length", False)
         return all(self.equal(g, a) for g, a in zip(gold, answer, strict=True))
 
+    def _families(self, gold: Node, answer: Node) -> tuple[Node, Node]:
+        r"""``\frac{\pi}{4}+k\pi, k\in\mathbb{Z}`` is a family; then the other side's lone integer letter is its parameter, too."""
+        sides = [_family(gold), _family(answer)]
+        for side, other in ((0, 1), (1, 0)):
+            domain = next((n.args[1].args[1] for n in _items(sides[other]) if n.op == "where"), None)
+            if domain is not None and not any(n.op == "where" for n in _items(sides[side])):
+                names = sides[side].symbols() & _PARAMETERS
+                sides[side] = _with_parameter(sides[side], sym(min(names)), domain) if len(names) == 1 else sides[side]
+        return sides[0], sides[1]
+
+    def _same_family(self, gold: Node, answer: Node) -> bool:
+        """b + a k for all integers k: the steps agree up to sign, the offsets up to a multiple of the step."""
+        if gold.op != answer.op or gold.args[1].op != "in" or answer.args[1].op != "in":
+            return self._by("family", gold.op == answer.op) and self._in_order(gold.args, answer.args)
+        left, right = (_renamed(n.args[0], str(n.args[1].args[0]), "k") for n in (gold, answer))
+        if not self.equal(gold.args[1].args[1], answer.args[1].args[1]):
+            return self._by("family", False)
+        if self.equal(left, right):
+            return True
+        starts, steps = zip(*(_progression(n, "k") for n in (left, right)), strict=True)
+        if gold.args[1].args[1] != INTEGERS or not all(
+            self.equal(_at(n, "k", 2), Node("+", (b, a, a)))
+            for n, b, a in zip((left, right), starts, steps, strict=True)
+        ):
+            return self._by("family", False)
+        if not self.equal(steps[0], steps[1]) and not self.equal(steps[0], Node("neg", (steps[1],))):
+            return self._by("family", False)
+        try:
+            shift = round((approximate(starts[1]) - approximate(starts[0])) / approximate(steps[0]))
+        except (Undecided, ArithmeticError, ValueError):
+            return self._by("family", False)
+        return self.equal(Node("+", (starts[0], Node("*", (num(shift), steps[0])))), starts[1])
+
     def _tuples(self, gold: Node, answer: Node) -> bool:
         if "matrix" in (gold.op, answer.op):
             vector, matrix = (gold, answer) if gold.op == "tuple" else (answer, gold)
@@ -206,6 +296,9 @@ class Comparison:
                 cells = [row.args[0] for row in matrix.args]
                 sides = (vector.args, cells) if gold.op == "tuple" else (cells, vector.args)
                 return self._in_order(*sides)
+        vectors = [n if n.op == "tuple" else _basis_vector(n, len(m.args)) for n, m in ((gold, answer), (answer, gold))]
+        if gold.op != answer.op and vectors[0] and vectors[1]:
+            return self._in_order(vectors[0].args, vectors[1].args)
         if gold.op != answer.op:
             return self._by("form", False)
         same_brackets = gold.value == answer.value or {gold.value, answer.value} <= {"()", r"\langle\rangle"}
@@ -250,45 +343,46 @@ class Comparison:
             return self._in_order(left.args, right.args)
         if any(map(_too_large, differences)):
             return self._by("too large", False)
-        return self._by("equation", bool(self._ask("proportional", *differences)))
+        return self._by("equation", bool(self._proportional(*differences)))
+
+    def _proportional(self, left: Node, right: Node) -> int:
+        try:
+            return proportional_polynomials(left, right)
+        except Undecided:
+            return self.prover.proportional(left, right)
 
     def _regions(self, gold: Node, answer: Node) -> bool:
         """Inequalities, intervals, unions and memberships compare as sets of reals when both can be read so."""
-        regions = [_region(node) for node in (gold, answer)]
-        if regions[0] is not None and regions[1] is not None:
-            merged = [_merge(region) for region in regions]
-            return self._by("interval", len(merged[0]) == len(merged[1])) and all(
-                g[2:] == a[2:] and self.equal(g[0], a[0]) and self.equal(g[1], a[1])
-                for g, a in zip(*merged, strict=True)
-            )
+        regions = region(gold), region(answer)
+        if regions[0] and regions[1]:
+            with contextlib.suppress(Undecided):
+                return self._by("interval", same_region(regions[0], regions[1], self.equal))
         if gold.op == "in" or answer.op == "in":
             inner = [n.args[1] if n.op == "in" else n for n in (gold, answer)]
             return self.equal(*inner)
-        if gold.op in _ORDERED and answer.op in _ORDERED:
+        if gold.op in ORDERED and answer.op in ORDERED:
             return self._same_inequality(gold, answer)
         if gold.op == answer.op and gold.op in ("cup", "cap"):
             return self._same_members(_flat(gold), _flat(answer))
+        pieces = [
+            Node("tuple", n.ends, "(["[n.closed[0]] + ")]"[n.closed[1]]) if n and n.op == "piece" else None
+            for n in map(_single, regions)
+        ]
+        if pieces[0] and pieces[1]:  # ends with letters
+            return self._tuples(pieces[0], pieces[1])
         return self._by("form", False)
 
     def _same_inequality(self, gold: Node, answer: Node) -> bool:
-        if any(n.op in _ORDERED for side in (gold, answer) for n in side.args):
+        if any(n.op in ORDERED for side in (gold, answer) for n in side.args):
             return self._by("chain", gold.op == answer.op) and self._in_order(gold.args, answer.args)
-        sign = self._ask("proportional", _difference(gold), _difference(answer))
-        expected = {1: gold.op, -1: _FLIPPED[gold.op]}.get(sign) if isinstance(sign, int) else None
+        sign = self._proportional(_difference(gold), _difference(answer))
+        expected = {1: gold.op, -1: FLIPPED[gold.op]}.get(sign) if isinstance(sign, int) else None
         return self._by("inequality", expected == answer.op)
 
 
 # -- values and their names
 
 _PLAIN = frozenset(["num", "sym", "call", "+", "*", "/", "^", "neg", "root", "!", "binom", "abs", "floor", "ceil"])
-
-
-def words(node: Node) -> str:
-    r"""Text for comparison: case, articles, punctuation and spacing are no difference. ``(B)`` is ``b``."""
-    plain = re.sub(r"\\text|[^\w\s]", " ", str(node).lower())
-    return " ".join(
-        word for word in plain.split() if word not in ("a", "an", "the", "answer", "is") or len(plain.split()) == 1
-    )
 
 
 def _named(node: Node) -> bool:
@@ -346,7 +440,7 @@ def _last_meaning(node: Node) -> Node:
 def _members(node: Node) -> Sequence[Node]:
     """The values of a set, list or ± expression, lists inside lists opened."""
     if node.op in ("list", "set"):
-        return [member for arg in node.args for member in _members(arg)]
+        return [member for arg in node.args for member in ([arg] if arg.op == "set" else _members(arg))]
     if node.op == "in":
         return _members(node.args[1])
     if node.op in (_EQUATION, "~"):
@@ -379,29 +473,107 @@ def _difference(node: Node) -> Node:
     return Node("+", (node.args[0], Node("neg", (node.args[1],))))
 
 
+def _items(node: Node) -> Sequence[Node]:
+    return node.args if node.op in ("list", "set") else (node,)
+
+
+def _family(node: Node) -> Node:
+    """A list that ends in k in Z: its other items with that condition, as far as they have the letter."""
+    conditions = [
+        n for n in _items(node) if n.op == "in" and n.args[1] in (INTEGERS, NATURALS) and n.args[0].op == "sym"
+    ]
+    if node.op != "list" or len(conditions) != 1:
+        return node
+    (condition,) = conditions
+    others = tuple(_value(n) for n in node.args if n is not condition)
+    if not others or not all(condition.args[0].symbols() <= n.symbols() for n in others):
+        return node
+    where = tuple(Node("where", (value, condition)) for n in others for value in _members(n))
+    return where[0] if len(where) == 1 else Node("list", where)
+
+
+def _with_parameter(node: Node, name: Node, domain: Node) -> Node:
+    where = tuple(
+        Node("where", (_value(n), Node("in", (name, domain)))) for item in _items(node) for n in _members(item)
+    )
+    return where[0] if len(where) == 1 else Node("list", where)
+
+
+def _renamed(node: Node, name: str, new: str) -> Node:
+    return _replaced(node, {name: sym(new)})
+
+
+def _at(node: Node, name: str, value: int) -> Node:
+    return _replaced(node, {name: num(value)})
+
+
+def _progression(node: Node, name: str) -> tuple[Node, Node]:
+    """Start and step of b + a k."""
+    start = _at(node, name, 0)
+    return start, Node("+", (_at(node, name, 1), Node("neg", (start,))))
+
+
+def _basis_vector(node: Node, size: int) -> Node | None:
+    """2i - j + 5k as (2, -1, 5)."""
+    basis = ("i", "j", "k")[:size]
+    if not 2 <= size <= 3 or node.op == "tuple" or not node.symbols() & {"j", "k"}:
+        return None
+    terms = node.args if node.op == "+" else (node,)
+    if any(sum(map(_leaves(term).count, basis)) != 1 for term in terms):
+        return None
+    units = [{name: num(int(name == unit)) for name in ("i", "j", "k")} for unit in basis]
+    return Node("tuple", tuple(_replaced(node, unit) for unit in units), "()")
+
+
+def _leaves(node: Node) -> list[str]:
+    return [leaf for arg in node.args for leaf in _leaves(arg)] if node.args else [node.value]
+
+
+def _replaced(node: Node, values: Mapping[str, Node]) -> Node:
+    if node.op == "sym":
+        return values.get(node.value, node)
+    return Node(node.op, tuple(_replaced(arg, values) for arg in node.args), node.value)
+
+
 # -- rounding, units, times
+
+
+def _decimal(node: Node) -> str:
+    """The text of a decimal number, 0.25 or -0.25; empty for others."""
+    if node.op == "neg" and (inner := _decimal(node.args[0])):
+        return "-" + inner
+    return node.value if node.op == "num" and "." in node.value and "/" not in node.value else ""
+
+
+def _places(text: str) -> int:
+    return len(text.partition(".")[2])
 
 
 def _rounds_to(gold: Node, value: Fraction, answer: Node) -> bool:
     """Does ``value`` round to a decimal gold at the gold's own places? A gold like 3.0 is exact."""
-    if gold.op == "neg":
-        return answer.op == "neg" and _rounds_to(gold.args[0], -value, answer.args[0])
-    if gold.op != "num" or "." not in gold.value or "/" in gold.value:
+    text, own = _decimal(gold), _decimal(answer)
+    if not text or Fraction(text).denominator == 1:
         return False
-    exact, places = Fraction(gold.value), len(gold.value.partition(".")[2])
-    finer = _places(answer) - places if answer.op == "num" else 3
-    if exact.denominator == 1 or finer < 1:
-        return False
-    tolerance = GOLD_TOLERANCE * (5 if finer >= 3 else 1) * abs(exact)
-    return abs(exact - value) <= min(Fraction(1, 2 * 10**places), tolerance)
+    exact, places = Fraction(text), _places(text)
+    near = abs(exact - value) < Fraction(1, 2 * 10**places)
+    if not own and not _finite(value, places):
+        return near and _significant(gold) > 1
+    finer = _places(own) - places if own else 1
+    return near and finer > 0 and abs(exact - value) < (FINER_DECIMAL if finer < 3 else FINEST_DECIMAL) * abs(exact)
 
 
-def _places(node: Node) -> int:
-    return len(node.value.partition(".")[2]) if node.op == "num" else 0
+def _finite(value: Fraction, places: int) -> bool:
+    """Has the value a finite decimal of a few more places?"""
+    return 10 ** (places + 4) % value.denominator == 0
+
+
+def _significant(answer: Node) -> int:
+    return len(_decimal(answer).replace(".", "").lstrip("-0"))
 
 
 def _printed_float(answer: Node, value: Fraction) -> bool:
-    """Is the answer a decimal of :data:`FLOAT_DIGITS` or more significant digits, right to its last but one place?"""
+    """Is the answer a decimal of :data:`FLOAT_DIGITS` or more significant digits, right to its last but one place? Where the
+    value has a finite decimal, that should have been given."""
     if answer.op == "neg":
         return _printed_float(answer.args[0], -value)
     power = 0
@@ -411,11 +583,10 @@ def _printed_float(answer: Node, value: Fraction) -> bool:
         except Undecided:
             return False
         answer = answer.args[0]
-    if answer.op != "num" or "." not in answer.value or abs(power) > 400:
+    text = _decimal(answer)
+    if not text or abs(power) > 400 or _finite(value, 30) or _significant(answer) < FLOAT_DIGITS:
         return False
-    significant = len(answer.value.replace(".", "").lstrip("0"))
-    unit = Fraction(10) ** (power - _places(answer))
-    return significant >= FLOAT_DIGITS and abs(Fraction(answer.value) * Fraction(10) ** power - value) <= unit
+    return abs(Fraction(text) * Fraction(10) ** power - value) <= Fraction(10) ** (power - _places(text))
 
 
 def _in_units(node: Node) -> tuple[Node, str]:
@@ -423,10 +594,10 @@ def _in_units(node: Node) -> tuple[Node, str]:
     if node.op == "unit":
         return node.args[0], node.value
     if node.op == "+" and all(arg.op == "unit" for arg in node.args):
-        first = _factor(node.args[0].value)
-        factors = [_factor(arg.value) for arg in node.args]
-        if first and all(f and f[0] == first[0] for f in factors):
-            terms = [Node("*", (a.args[0], num(f[1] / first[1]))) for a, f in zip(node.args, factors, strict=True) if f]
+        measures = [measure(arg.value) for arg in node.args]
+        if len({m.dimensions for m in measures}) == 1:
+            factors = [m.factor / measures[0].factor for m in measures]
+            terms = [Node("*", (a.args[0], num(f))) for a, f in zip(node.args, factors, strict=True)]
             return Node("+", tuple(terms)), node.args[0].value
     if node.op == "neg":
         value, unit = _in_units(node.args[0])
@@ -434,21 +605,12 @@ def _in_units(node: Node) -> tuple[Node, str]:
     return node, ""
 
 
+def _in_radians(value: Node, unit: str) -> Node:
+    return Node("*", (value, Node("/", (sym("pi"), num(180))))) if unit == "degree" else value
+
+
 def _has_pi(node: Node) -> bool:
     return node == sym("pi") or any(_has_pi(arg) for arg in node.args)
-
-
-def _factor(unit: str) -> tuple[str, Fraction] | None:
-    if "per" in unit and "^" not in unit:
-        parts = [UNITS[name] for name in unit.split("per") if name in UNITS]
-        if [p[0] for p in parts] == ["length", "time"]:
-            return "speed", Fraction(parts[0][1]) / Fraction(parts[1][1])
-        return (unit, Fraction(1))
-    name, _, power = unit.partition("^")
-    if name == "mph":
-        return "speed", Fraction("201168/125") / 3600
-    dimension, factor = UNITS[name]
-    return f"{dimension}^{power}", Fraction(factor) ** int(power)
 
 
 def _clock(node: Node) -> tuple[int, ...] | None:
@@ -467,126 +629,18 @@ def _same_time(gold: Node, answer: Node) -> bool:
     return times[0][1] == times[1][1] and (times[0][0] == times[1][0] or (loose and small))
 
 
-# -- regions of the real line: pieces (low, high, low closed, high closed)
-
-Piece = tuple[Node, Node, bool, bool]
-_REALS = sym("\\mathbb R")
-_MINUS, _PLUS = Node("neg", (sym("oo"),)), sym("oo")
+def _single(part: Region | None) -> Region | None:
+    """The one piece that this region is, if it is one."""
+    while part and part.op != "piece" and len(part.parts) == 1:
+        part = part.parts[0]
+    return part
 
 
 def _interval_like(node: Node) -> bool:
     if node.op in ("list", "set"):
-        return node.op == "list" and bool(node.args) and all(arg.op in _ORDERED for arg in node.args)
-    return node.op in ("cup", "cap", "minus", *_ORDERED) or (node.op == "tuple" and node.value in ("(]", "[)"))
-
-
-def _region(node: Node) -> list[Piece] | None:
-    """Pieces of the real line, or None if this is no region of one variable."""
-    if node.op == "tuple" and len(node.args) == 2:
-        return [(*node.args, node.value[0] == "[", node.value[-1] == "]")]
-    if node.op == "set":
-        return [(arg, arg, True, True) for arg in node.args]
-    if node == _REALS:
-        return [(_MINUS, _PLUS, False, False)]
-    if node.op == "in":
-        return _region(node.args[1])
-    if node.op in ("cup", "list"):
-        parts = [_region(arg) for arg in node.args]
-        return None if any(part is None for part in parts) else [piece for part in parts for piece in part or ()]
-    if node.op == "minus" and node.args[0] == _REALS and node.args[1].op == "set":
-        return _without(list(node.args[1].args))
-    return _inequality(node) if node.op in _ORDERED else None
-
-
-def _without(points: list[Node]) -> list[Piece] | None:
-    try:
-        points = sorted(points, key=approximate)
-    except Undecided:
-        return None
-    ends = [_MINUS, *points, _PLUS]
-    return [(low, high, False, False) for low, high in itertools.pairwise(ends)]
-
-
-def _inequality(node: Node) -> list[Piece] | None:
-    """a < x <= b, and a comparison of c x + d (or |x|, or a name like f(x)) with a constant."""
-    left, right = node.args
-    if left.op in _ORDERED:  # a chain
-        low, middle = left.args
-        if left.op[0] != node.op[0] or left.op == "!=" or low.op in _ORDERED or _constant(middle):
-            return None
-        low, high, first, last = (low, right, left.op, node.op) if node.op[0] == "<" else (right, low, node.op, left.op)
-        if not _constant(low) or not _constant(high):
-            return None
-        if middle.op == "abs":
-            pair = [Node("neg", (high,)), Node("neg", (low,))]
-            return [(*pair, "=" in last, "=" in first), (low, high, "=" in first, "=" in last)]  # type: ignore[list-item]
-        return [(low, high, "=" in first, "=" in last)] if _is_name(middle) else None
-    if _constant(left):
-        left, right, op = right, left, _FLIPPED[node.op]
-    else:
-        op = node.op
-    if not _constant(right):
-        return None
-    if left.op == "abs" and _is_name(left.args[0]) and op in ("<", "<="):
-        return [(Node("neg", (right,)), right, op == "<=", op == "<=")]
-    if left.op == "abs" and _is_name(left.args[0]) and op in (">", ">="):
-        return [(_MINUS, Node("neg", (right,)), False, op == ">="), (right, _PLUS, op == ">=", False)]
-    slope = _slope(left)
-    if slope is None:
-        return None
-    factor, offset = slope
-    end = right if slope == (1, 0) else Node("/", (Node("+", (right, num(-offset))), num(factor)))
-    if factor < 0:
-        op = _FLIPPED[op]
-    if op == "!=":
-        return _without([end])
-    return [(end, _PLUS, op == ">=", False)] if op[0] == ">" else [(_MINUS, end, False, op == "<=")]
-
-
-def _constant(node: Node) -> bool:
-    return not node.symbols() and node.op not in ("call",) and all(_constant(arg) for arg in node.args)
-
-
-def _slope(node: Node) -> tuple[Fraction, Fraction] | None:
-    """(c, d) if the node is c x + d with one variable x and rational c != 0, d."""
-    if _is_name(node):
-        return Fraction(1), Fraction(0)
-    names = node.symbols()
-    if len(names) != 1:
-        return None
-    try:
-        at = [rational(_substitute(node, next(iter(names)), num(value))) for value in (0, 1, 2, 5)]
-    except Undecided:
-        return None
-    slope = at[1] - at[0]
-    linear = slope != 0 and at[2] == at[0] + 2 * slope and at[3] == at[0] + 5 * slope
-    return (slope, at[0]) if linear else None
-
-
-def _substitute(node: Node, name: str, value: Node) -> Node:
-    if node.op == "sym":
-        return value if node.value == name else node
-    return Node(node.op, tuple(_substitute(arg, name, value) for arg in node.args), node.value)
-
-
-def _merge(region: list[Piece] | None) -> list[Piece]:
-    """Sorted, with overlapping and touching pieces joined; left as it is where ends cannot be ordered."""
-    assert region is not None
-    try:
-        pieces = sorted(region, key=lambda p: (approximate(p[0]), not p[2], approximate(p[1])))
-        merged = pieces[:1]
-        for low, high, low_in, high_in in pieces[1:]:
-            before = merged[-1]
-            gap = approximate(low) - approximate(before[1])
-            if gap > 1e-12 or (gap > -1e-12 and not (low_in or before[3])):
-                merged.append((low, high, low_in, high_in))
-            elif approximate(high) > approximate(before[1]):
-                merged[-1] = (before[0], high, before[2], high_in)
-            elif approximate(high) == approximate(before[1]):
-                merged[-1] = (before[0], before[1], before[2], before[3] or high_in)
-        return merged
-    except Undecided:
-        return region
+        kinds = {arg.op for arg in node.args}
+        return node.op == "list" and bool(kinds & {*ORDERED}) and kinds <= {*ORDERED, _EQUATION}
+    return node.op in ("cup", "cap", "minus", *ORDERED) or (node.op == "tuple" and node.value in ("(]", "[)"))
 
 
 def _too_large(node: Node) -> bool:

@@ -124,6 +124,37 @@ def same_polynomial(left: Node, right: Node) -> bool:
     raise Undecided("poles")
 
 
+def proportional_polynomials(left: Node, right: Node) -> int:
+    """Sign of the constant k in left = k * right, 0 if there is none. Raises :class:`Undecided` for what is no polynomial."""
+    if _has_fraction(left) or _has_fraction(right):
+        raise Undecided("no polynomial")
+    names = sorted(left.symbols() | right.symbols()) + ["pi"]
+    draw = random.SystemRandom()
+    points = [{name: draw.randrange(2, PRIME - 1) for name in names} | {"i": _ROOT_OF_MINUS_ONE} for _ in range(3)]
+    values = [(_residue(left, point), _residue(right, point)) for point in points]
+    (first, second), *others = values
+    if 0 in (first, second):
+        return int(first == second)
+    if any(first * b % PRIME != second * a % PRIME for a, b in others):
+        return 0
+    at = {name: Node("num", value=f"{draw.randrange(2, 10**6)}/{draw.randrange(2, 10**6)}") for name in names}
+    quotient = rational(_at(left, at)) / rational(_at(right, at))
+    return 1 if quotient > 0 else -1
+
+
+def _has_fraction(node: Node) -> bool:
+    """Does a symbol stand below a fraction line (or in a negative power)?"""
+    below = node.op == "/" and node.args[1].symbols()
+    power = node.op == "^" and (node.args[0].symbols() and node.args[1].op == "neg")
+    return bool(below or power) or any(map(_has_fraction, node.args))
+
+
+def _at(node: Node, values: Mapping[str, Node]) -> Node:
+    if node.op == "sym":
+        return values.get(node.value, node)
+    return Node(node.op, tuple(_at(arg, values) for arg in node.args), node.value)
+
+
 def _residue(node: Node, point: Mapping[str, int]) -> int:
     if node.op == "sym" and node.value in point:
         return point[node.value]

@@ -8,6 +8,10 @@ TAIL = 200_000
 """Characters at the end of a response that are searched."""
 
 _SPECIAL = re.compile(r"<\|[^|<>]{1,40}\|>|</?s>|<eos>|<pad>")
+_END = re.compile(r"<\|im_start\|>\s*user|<\|(?:im_end|endoftext|eot_id|end_of_text|end)\|>|</s>|<eos>|<pad>")
+_ASSISTANT = re.compile(
+    r"<\|im_start\|>\s*assistant|<\|start_header_id\|>\s*assistant\s*<\|end_header_id\|>|<\|assistant\|>"
+)
 _OUTPUT = re.compile(r"<output>(.*?)(?:</output>|$)", re.DOTALL)
 _BOX = re.compile(r"\\{1,2}(?:boxed|fbox)(?![a-zA-Z])")
 _HASH = re.compile(r"####[ \t]*([^\n]*)")
@@ -17,6 +21,15 @@ _MARK = re.compile(
 )
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$([^$]+?)(?<!\\)\$", re.DOTALL)
 _NUMBER = re.compile(r"[-−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:[.,]\d+)?(?:\s*/\s*\d+)?\s*%?|[-−]?\.\d+")
+_ABOUT = re.compile(
+    r"(?:,\s*(?:\(|which is |that is,? |or )*|\s+(?:\(|which is |that is |or )+)(?:about|approximately|approx\.?|roughly|\\approx|≈)"
+    r"\s*\$?-?\d[\d.,]*\$?(?: \w+)?\)?\.?$"
+)
+CHANGES_MEANING = re.compile(
+    r"\b(?:not|no|never|up to|twice|double|triple|half|except|less|more|fewer|greater|most|least|over|under|below|above|between|than|minus|negative)\b",
+    re.IGNORECASE,
+)
+_WORD = re.compile(r"[a-zA-Z]+")
 _PROSE = re.compile(r"\s*(?:so|thus|hence|therefore|then|we|it|this|that|the|i(?=\s+[a-z]{2}))\b", re.IGNORECASE)
 _BETWEEN = re.compile(
     r"\b[a-zA-Z](?:_\{?\w+\}?)?(?:\([a-zA-Z]\))?\s*=|\\(?:quad|qquad|text|[\[\]();,! ])|[$\s{}~+.:*\\\[\]]"
@@ -66,7 +79,7 @@ def _linked(between: str) -> bool:
     if len(between) > 200:
         return False
     plain = _BETWEEN.sub(" ", between)
-    links = re.findall(r"[,;]|\b(?:and|or)\b", plain)
+    links = re.findall(r"[,;]\s*(?:and|or)\b|[,;]|\b(?:and|or)\b", plain)
     labels = re.sub(r"[,;]|\b(?:and|or)\b", " ", plain).split()
     return len(links) <= 1 and len(labels) <= (4 if links else 0) and not re.search(r"[a-z]{2}\.\s", between)
 
@@ -78,7 +91,9 @@ def extract(response: str | None) -> str | None:
     """
     if not response:
         return None
-    text = _SPECIAL.sub(" ", response[-TAIL:]).strip()
+    if len(response) > TAIL:  # from a word's beginning
+        response = response[-TAIL:].partition(" ")[2]
+    text = _SPECIAL.sub(" ", _turn(response)).strip()
     if "<output>" in text:
         text = _OUTPUT.findall(text[text.rindex("<output>") :])[-1]
     text = re.sub(r"</?(?:[a-z_]{3,20})>", "\n", text) if "<" in text else text
@@ -94,6 +109,13 @@ def extract(response: str | None) -> str | None:
         if read is _boxed and _BOX.search(text):
             return None  # a box was opened and never closed: truncated
     return _last_statement(text)
+
+
+def _turn(text: str) -> str:
+    """The last turn of the assistant, up to the token that ends it."""
+    begin = max((m.end() for m in _ASSISTANT.finditer(text)), default=0)
+    parts = [part for part in _END.split(text[begin:]) if part.strip()]
+    return parts[0] if parts else ""
 
 
 def _after_hashes(text: str) -> str | None:
@@ -126,14 +148,17 @@ def _stated(rest: str) -> str:
 
 def _last_statement(text: str) -> str | None:
     """Bare answers come back whole; of prose the last formula, else the last number, of its last line that has one."""
-    lines = [line.strip() for line in text[-4000:].strip().split("\n") if line.strip()]
+    text = _ABOUT.sub("", text[-4000:].strip())
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         return None
-    if not _is_prose(text[-4000:]):
-        return text.strip()
-    formulas = [next(filter(None, match.groups())) for match in _MATH.finditer(text[-4000:])]
+    if not _is_prose(text):
+        return text
+    formulas = [next(filter(None, match.groups())) for match in _MATH.finditer(text)]
     if formulas and not re.search(r"\d", _MATH.sub("", lines[-1])):
         return formulas[-1].strip()
+    if not re.search(r"[.!?:;)\]}$*\d]\W*$", lines[-1]):  # it broke off: only its last sentence may state something
+        lines = [re.split(r"(?<=[^\d\W]|\d)\.\s", lines[-1])[-1]]
     for line in reversed(lines):
         formulas = [next(filter(None, match.groups())) for match in _MATH.finditer(line)]
         numbers = [m for m in _NUMBER.finditer(line) if not (m.start() and (line[m.start() - 1].isalnum()))]
@@ -145,9 +170,11 @@ def _last_statement(text: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text, as written."""
-    found = [m[0] for m in _NUMBER.finditer(text[-4000:])]
-    return found[-1].strip() if found else None
+    """The last number of a text, as written; None if the words before it bear on its value (at least, not)."""
+    found = [*_NUMBER.finditer(text[-4000:])]
+    if not found or CHANGES_MEANING.search(" ".join(_WORD.findall(text[-4000:][: found[-1].start()])[-2:])):
+        return None
+    return found[-1][0].strip()
 
 
 def _is_prose(text: str) -> bool:

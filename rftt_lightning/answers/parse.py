@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
+from rftt_lightning.answers.extract import CHANGES_MEANING
+from rftt_lightning.answers.units import AMBIGUOUS, NAMES, measure, read_unit
+
 MAX_LENGTH = 4000
 """Characters of one answer; longer ones are refused unread."""
 MAX_DEPTH = 32
@@ -60,132 +63,36 @@ def sym(name: str) -> Node:
 
 CONSTANTS = frozenset({"pi", "e", "i", "oo"})
 FUNCTIONS = frozenset(
-    [
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "sinh",
-        "cosh",
-        "tanh",
-        "arcsinh",
-        "arccosh",
-        "arctanh",
-        "ln",
-        "log",
-        "lg",
-        "exp",
-        "max",
-        "min",
-        "gcd",
-        "lcm",
-    ]
+    "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh coth arcsinh arccosh arctanh ln log lg exp max min gcd lcm "
+    "cis sgn abs floor ceil sqrt cbrt".split()
 )
+_ALIASES = {
+    "tg": "tan", "ctg": "cot", "cotan": "cot", "cosec": "csc", "arctg": "arctan", "arcctg": "arccot", "asin": "arcsin", "acos": "arccos", "atan": "arctan",
+    "sh": "sinh", "ch": "cosh", "th": "tanh", "sign": "sgn", "Max": "max", "Min": "min", "GCD": "gcd", "LCM": "lcm", "lb": "log2",
+}  # fmt: skip
 _GREEK = frozenset(
-    [
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "varepsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "vartheta",
-        "kappa",
-        "lambda",
-        "mu",
-        "nu",
-        "xi",
-        "rho",
-        "sigma",
-        "tau",
-        "phi",
-        "varphi",
-        "chi",
-        "psi",
-        "omega",
-        "Gamma",
-        "Delta",
-        "Theta",
-        "Lambda",
-        "Sigma",
-        "Phi",
-        "Psi",
-        "Omega",
-        "ell",
-        "hbar",
-    ]
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi varphi chi psi omega "
+    "Gamma Delta Theta Lambda Sigma Phi Psi Omega ell hbar".split()
 )
 RELATIONS = {
-    "=": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "==": "=", r"\le": "<=", r"\leq": "<=", r"\leqslant": "<=",
-    r"\ge": ">=", r"\geq": ">=", r"\geqslant": ">=", r"\lt": "<", r"\gt": ">", r"\ne": "!=", r"\neq": "!=", r"\in": "in",
-    r"\approx": "~", r"\sim": "~", r"\equiv": "=", r"\to": "=", r"\mapsto": "=",
+    "=": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "==": "=", "<>": "!=", r"\le": "<=", r"\leq": "<=", r"\leqslant": "<=",
+    r"\leqq": "<=", r"\ge": ">=", r"\geq": ">=", r"\geqslant": ">=", r"\geqq": ">=", r"\lt": "<", r"\gt": ">", r"\ne": "!=", r"\neq": "!=",
+    r"\in": "in", r"\approx": "~", r"\simeq": "~", r"\sim": "~", r"\equiv": "=", r"\to": "=", r"\mapsto": "=", r"\cong": "=", r"\Rightarrow": "=",
+    r"\rightarrow": "=", r"\implies": "=", r"\iff": "=",
 }  # fmt: skip
-UNITS = {
-    # name: (dimension, factor); only within one dimension can units differ
-    **dict.fromkeys(["s", "sec", "secs", "second", "seconds"], ("time", "1")),
-    **dict.fromkeys(["min", "mins", "minute", "minutes"], ("time", "60")),
-    **dict.fromkeys(["h", "hr", "hrs", "hour", "hours"], ("time", "3600")),
-    **dict.fromkeys(["day", "days"], ("time", "86400")), **dict.fromkeys(["week", "weeks"], ("time", "604800")),
-    **dict.fromkeys(["year", "years", "yr", "yrs"], ("years", "1")), **dict.fromkeys(["month", "months"], ("months", "1")),
-    **dict.fromkeys(["mm", "millimeter", "millimeters"], ("length", "1/1000")),
-    **dict.fromkeys(["cm", "centimeter", "centimeters", "centimetre", "centimetres"], ("length", "1/100")),
-    **dict.fromkeys(["m", "meter", "meters", "metre", "metres"], ("length", "1")),
-    **dict.fromkeys(["km", "kilometer", "kilometers", "kilometre", "kilometres"], ("length", "1000")),
-    **dict.fromkeys(["in", "inch", "inches"], ("length", "127/5000")), **dict.fromkeys(["ft", "foot", "feet"], ("length", "381/1250")),
-    **dict.fromkeys(["yd", "yard", "yards"], ("length", "1143/1250")), **dict.fromkeys(["mi", "mile", "miles"], ("length", "201168/125")),
-    **dict.fromkeys(["g", "gram", "grams"], ("mass", "1")), **dict.fromkeys(["kg", "kilogram", "kilograms"], ("mass", "1000")),
-    **dict.fromkeys(["lb", "lbs", "pound", "pounds"], ("pounds", "1")), **dict.fromkeys(["oz", "ounce", "ounces"], ("ounces", "1")),
-    **dict.fromkeys(["ml", "milliliter", "milliliters"], ("volume", "1/1000")),
-    **dict.fromkeys(["l", "liter", "liters", "litre", "litres"], ("volume", "1")),
-    **dict.fromkeys(["dollar", "dollars", "usd", "bucks"], ("dollars", "1")), **dict.fromkeys(["cent", "cents"], ("dollars", "1/100")),
-    **dict.fromkeys(["degree", "degrees", "deg"], ("angle", "1")), **dict.fromkeys(["rad", "radian", "radians"], ("radians", "1")),
-    "mph": ("mph", "1"), "j": ("energy", "1"), "n": ("force", "1"), "hz": ("hz", "1"),
-}  # fmt: skip
-_ONLY_AS_TEXT = frozenset(
-    ["s", "h", "m", "in", "g", "l", "j", "n", "min", "sec", "deg", "rad", "mi"]
-)  # as bare letters these are names of quantities
-_MONTHS = frozenset(
-    [
-        "january",
-        "february",
-        "march",
-        "april",
-        "may",
-        "june",
-        "july",
-        "august",
-        "september",
-        "october",
-        "november",
-        "december",
-    ]
-)
-_PERCENT = frozenset(["%", "percent", "percents", "percentage", "pct"])
+_MONTHS = frozenset("january february march april may june july august september october november december".split())
+_PERCENT = frozenset("% percent percents percentage pct".split())
 _BASES = {
-    "two": 2,
-    "three": 3,
-    "four": 4,
-    "five": 5,
-    "six": 6,
-    "seven": 7,
-    "eight": 8,
-    "nine": 9,
-    "ten": 10,
-    "sixteen": 16,
-}
+    name: base for base, name in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)
+} | {"sixteen": 16}
+_CONNECTIVES = ("and", "or")
+_SHORT = 3
+"""Letters of an unknown run that are read as a product; longer runs are words."""
 
-_BUILDER = re.compile(r"\s*[a-zA-Z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid|\\vert|:|\|)")
+_LABEL = re.compile(r"\b(?:answer|result|solutions?|value|total|area|volume|length|sum|probability)\W*$", re.IGNORECASE)
 _LEX = re.compile(
     r"\s*(?:(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,6}(?![\d.a-zA-Z]))?)|(?P<cmd>\\[a-zA-Z]+|\\[^a-zA-Z])"
-    r"|(?P<word>[a-zA-Z]+)|(?P<op><=|>=|!=|==|\*\*|\S))"
+    r"|(?P<word>[a-zA-Z]+)|(?P<op><=|>=|!=|==|<>|\*\*|\S))"
 )
 
 
@@ -211,29 +118,34 @@ def _depth(node: Node) -> int:
 
 
 def _join_numbers(text: str, comma: str) -> str:
-    bracketed = re.match(r"^\s*(?:\\\{|[\[({])", text) is not None
+    """Digits that are one number: separators out, cycles of repeating decimals as fractions."""
+    bracketed = _BRACKET.match(text) is not None
     if comma == "decimal":
-        text = re.sub(r"^([-\s]*\d+),(\d{2,})(?![\d,.])(?!\s*[,;\d])", r"\1.\2", text)
+        text = _DECIMAL_COMMA.sub(r"\1.\2", text)
     elif comma == "group" and not bracketed:
-        text = re.sub(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""), text)
-    text = re.sub(r"(?<![\d,.])\d{1,3}(?: \d{3})+(?![\d,/])", lambda m: m[0].replace(" ", ""), text)
-    text = re.sub(r"(?<!\d)(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))", _repeating, text)
-    text = re.sub(r"(?<!\d)(\d*)\.(\d*)\((\d+)\)(?!\d)()", _repeating, text)
-    return re.sub(
-        r"(?<!\d)(\d{0,40})\.(\d{0,12}?)((\d{1,8}?)\4{1,40})\s*(?:\\[ld]?dots|\.\.\.)",
-        lambda m: _repeating(m, dots=True),
-        text,
-    )
+        text = _GROUPED.sub(lambda m: m[0].replace(",", ""), text)
+    text = _SPACED.sub(lambda m: re.sub(r"[ '_.]", "", m[0]), text)
+    if "." in text:
+        text = _TWO_DOTS.sub(lambda m: _repeating(m[1], m[2], m[3] + m[4] + m[5]), text)
+        text = _CYCLE.sub(lambda m: _repeating(m[1], m[2], m[3] or m[4] or m[5]), text)
+        text = _ELLIPSIS.sub(lambda m: _repeating(m[1], m[2], m[4]) if len(m[3]) >= 3 else m[0], text)
+    return text
 
 
-def _repeating(match: re.Match[str], dots: bool = False) -> str:
-    whole, head = match[1] or "0", match[2]
-    cycle = match[4] if dots else match[3] or match[4]
-    if dots and len(match[3]) < 3:
-        return match[0]
-    value = Fraction(int(whole + head), 10 ** len(head)) + Fraction(
-        int(cycle), (10 ** len(cycle) - 1) * 10 ** len(head)
-    )
+_BRACKET = re.compile(r"\s*(?:\\\{|[\[({])")
+_DECIMAL_COMMA = re.compile(r"^([-+\s]*(?:\d+(?=,\d\d)|0)),(\d+)(?![\d,.])(?!\s*[,;\d])")
+_GROUPED = re.compile(r"(?<![\d,.])[1-9](?:\d{0,2}(?:,\d{3})+|\d?(?:,\d\d)+,\d{3})(?![\d,])")
+_SPACED = re.compile(
+    r"(?<![\d,.])\d{1,3}(?:(?: \d{3})+(?![\d,/])|(?:'\d{3})+(?!\d)|(?:\.\d{3}){2,}(?![\d.])|(?:_\d{3})+(?!\d))"
+)
+_TWO_DOTS = re.compile(r"(?<!\d)(\d*)\.(\d*)\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?")
+_CYCLE = re.compile(r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))|\((\d+)\)(?!\d))")
+_ELLIPSIS = re.compile(r"(?<!\d)(\d{0,40})\.(\d{0,12}?)((\d{1,8}?)\4{1,40})\s*\.\.\.")
+
+
+def _repeating(whole: str, head: str, cycle: str) -> str:
+    value = Fraction(int((whole or "0") + head), 10 ** len(head))
+    value += Fraction(int(cycle), (10 ** len(cycle) - 1) * 10 ** len(head))
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
@@ -241,7 +153,8 @@ class _Parser:
     """Recursive descent over the text; ``kind, token`` is the lexeme at ``start``, ``end`` where the next begins."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.end, self.depth, self.bars = text, 0, 0, 0
+        self.text, self.end, self.depth = text, 0, 0
+        self.bars, self.in_head = 0, False  # inside |…| a bar closes; in the head of {x : …} a colon ends it
         self.notes: list[str] = []
         self.advance()
 
@@ -257,13 +170,17 @@ class _Parser:
             self._split_word()
         elif self.token == r"\text":
             self.kind, self.token = "text", self._raw_group()
+            name = _ALIASES.get(self.token, self.token)
+            if name in FUNCTIONS and not (name in NAMES and self._after_value()):
+                self.kind, self.token = "cmd", "\\" + name
         return last
 
     def _split_word(self) -> None:
         """A run of letters is a known name, a word, or a product of single letters (then only the first is read)."""
         word, lower = self.token, self.token.lower()
-        if word in FUNCTIONS or word in _GREEK or word in ("pi", "sqrt", "oo"):
-            self.kind, self.token = "cmd", "\\" + word
+        known = _ALIASES.get(word, word)
+        if known in FUNCTIONS or word in _GREEK or word in ("pi", "oo"):
+            self.kind, self.token = "cmd", "\\" + known
         elif lower in _MONTHS:
             self.token = lower
         elif lower in ("infinity", "inf"):
@@ -271,12 +188,15 @@ class _Parser:
         elif (
             lower in _PERCENT
             or lower in ("and", "or", "mod")
-            or (lower in UNITS and lower not in _ONLY_AS_TEXT)
-            or len(word) > 3
+            or len(word) > _SHORT
+            or (_is_unit(word) and self._after_value())
         ):
             self.kind = "text"
         else:
             self.token, self.end = word[0], self.end - len(word) + 1
+
+    def _after_value(self) -> bool:
+        return self.text[: self.start].rstrip()[-1:] in tuple("0123456789)}")
 
     def _raw_group(self) -> str:
         opening = re.compile(r"\s*\{").match(self.text, self.end)
@@ -311,46 +231,63 @@ class _Parser:
 
     def answer(self) -> Node:
         node = self.alternatives()
+        if self.accept(r"\over"):
+            node = Node("/", (node, self.sum()))
         if self.kind != "end":
             raise Unreadable(f"unexpected {self.token!r} at {self.start}")
+        notes = " ".join(self.notes)
         if node.op == "list" and not node.args:
-            if not self.notes:
+            if not notes:
                 raise Unreadable("empty")
-            return Node("text", value=" ".join(self.notes))
+            return Node("text", value=notes)
+        if node.op != "text" and CHANGES_MEANING.search(notes):
+            raise Unreadable(f"words that bear on the value: {notes!r}")
         return node
 
     def alternatives(self) -> Node:
-        """Groups joined by "and", "or" or ";", of items joined by commas."""
-        groups = [self.items()]
-        while self._separator():
+        """Groups joined by "and", "or" or ";", of items joined by commas. The list's value is the connective."""
+        groups, joints = [self.items()], []
+        while joint := self._separator():
+            joints.append(joint)
             groups.append(self.items())
         groups = [group for group in groups if group]
         if len(groups) > 1 and all(len(g) > 1 and all(n.op == "=" for n in g) for g in groups):
             return Node("list", tuple(Node("tuple", tuple(n.args[-1] for n in g), "()") for g in groups))
         flat = [node for group in groups for node in group]
-        return flat[0] if len(flat) == 1 else Node("list", tuple(flat))
+        if len(flat) == 1:
+            return flat[0]
+        if joints == ["and"] and _mixed_units(flat):  # 5 dollars and 20 cents
+            return Node("+", tuple(flat))
+        return Node("list", tuple(flat), joints[0] if joints and len(set(joints)) == 1 else "")
 
-    def _separator(self) -> bool:
-        if self.kind == "text" and self.token.lower().strip(" ,") in ("and", "or"):
-            self.advance()
-            return True
-        return self.accept(";", r"\lor", r"\land", r"\vee", r"\wedge")
+    def _separator(self) -> str:
+        if self.kind == "text" and self.token.lower().strip(" ,") in _CONNECTIVES:
+            return self.advance().lower().strip(" ,")
+        for token, joint in {";": ";", r"\lor": "or", r"\vee": "or", r"\land": "and", r"\wedge": "and"}.items():
+            if self.accept(token):
+                return joint
+        return ""
 
     def items(self) -> list[Node]:
         found: list[Node] = []
         while True:
+            label = self.token if self.kind == "text" else ""
             self.skip_notes()
+            if label or not found:
+                self.accept("=", r"\approx")  # Area = 5; = 5
+            if _LABEL.search(label):
+                self.accept(":")
             if not self._at_end_of_item():
                 found.append(self.relation())
             if not self.accept(","):
                 return found
 
     def _at_end_of_item(self) -> bool:
-        connective = self.kind == "text" and self.token.lower().strip(" ,") in ("and", "or")
+        connective = self.kind == "text" and self.token.lower().strip(" ,") in _CONNECTIVES
         return self.kind == "end" or connective or self.token in (",", ";", ")", "]", r"\}", "}", "&", "\\\\", r"\end")
 
     def skip_notes(self) -> None:
-        while self.kind == "text" and self.token.lower().strip(" ,") not in ("and", "or"):
+        while self.kind == "text" and self.token.lower().strip(" ,") not in _CONNECTIVES:
             self.notes.append(self.advance())
 
     def relation(self) -> Node:
@@ -382,12 +319,14 @@ class _Parser:
         names = {r"\cup": "cup", r"\cap": "cap", r"\setminus": "minus", r"\backslash": "minus"}
         while self.kind == "cmd" and self.token in names:
             op = names[self.advance()]
-            left = Node(op, (left, self.ratio()))
+            bare = self.token == "{"
+            right = self.ratio()
+            left = Node(op, (left, Node("set", (right,)) if bare and right.op not in ("set", "tuple") else right))
         return left
 
     def ratio(self) -> Node:
         parts = [self.sum()]
-        while self.accept(":"):
+        while not self.in_head and self.accept(":"):
             parts.append(self.sum())
         if len(parts) == 1:
             return parts[0]
@@ -443,26 +382,30 @@ class _Parser:
         return Node("*", (node, factor))
 
     def unit(self, node: Node) -> Node:
-        words = self.advance().lower().replace(".", " ").replace("/", " per ").replace("^", " ^").split()
-        if self.kind == "text" and words and words[-1] in ("square", "cubic", "sq", "cu"):
-            words += self.advance().lower().split()
-        power = 1
-        for word in words:
-            if word in ("square", "sq") or word in ("^2", "^{2}", "squared"):
-                power = 2
-            elif word in ("cubic", "cu") or word in ("^3", "^{3}"):
-                power = 3
-        if self.token == "^" and any(w in UNITS for w in words):
+        """Upright words after a value: percent, a unit, or a note."""
+        words = self.advance()
+        while self.kind == "text" and self.token.lower() not in (*_CONNECTIVES, "mod"):
+            words += " " + self.advance()
+        if self.token == "/" and (
+            rest := re.compile(r"\s*(?:\\text\s*\{([^{}]*)\}|([a-z]+))").match(self.text, self.end)
+        ):
+            words += "/" + (rest[1] or rest[2])
+            self.end = rest.end()
             self.advance()
-            exponent = self.argument()
-            power = int(exponent.value) if exponent.op == "num" and exponent.value in ("2", "3") else power
-        if any(word in _PERCENT for word in words):
+        if self.kind == "op" and self.token == "^" and read_unit(words):
+            self.advance()
+            words += f"^{self._exponent()}"
+        if any(word in _PERCENT for word in words.lower().split()):
             return Node("percent", (node,))
-        known = [word for word in words if word in UNITS]
-        if not known:
-            self.notes.extend(words)
+        unit = read_unit(words)
+        if not unit:
+            self.notes.append(words)
             return node
-        return Node("unit", (node,), "per".join(known) if len(known) > 1 else f"{known[0]}^{power}")
+        return Node("unit", (node,), unit)
+
+    def _exponent(self) -> str:
+        exponent = self.argument()
+        return ("-" if exponent.op == "neg" else "") + (exponent.args[0] if exponent.op == "neg" else exponent).value
 
     def signed_factor(self) -> Node:
         negative = self.accept("-")
@@ -501,6 +444,11 @@ class _Parser:
                 return node
 
     def _power(self, base: Node) -> Node:
+        if base.op == "matrix" and self.accept("T", r"\top", r"\intercal"):
+            return Node(
+                "matrix",
+                tuple(Node("tuple", column, "()") for column in zip(*(row.args for row in base.args), strict=True)),
+            )
         exponent = self.nested(self.argument)
         while self.accept("^", "**"):  # right associative: 2^3^2
             exponent = Node("^", (exponent, self.nested(self.argument)))
@@ -509,7 +457,7 @@ class _Parser:
     def _subscript(self, node: Node) -> Node:
         self.end = self.start + self.text[self.start :].index("_") + 1
         raw = self._raw_argument()
-        label = re.sub(r"\\text|[{}\s\\]", "", raw)
+        label = re.sub(r"\\text|[{}()\s\\]", "", raw)
         if node.op == "num":
             base = _BASES.get(label.lower(), int(label) if label.isdigit() and len(label) < 3 else 0)
             if not 2 <= base <= 36:
@@ -593,16 +541,15 @@ class _Parser:
     def group(self) -> Node:
         opening = self.advance()
         bars, self.bars = self.bars, 0
-        builder = _BUILDER.match(self.text, self.start) if opening == r"\{" else None
-        if builder:  # {x | x > 2} is its condition
-            self.end = builder.end()
-            self.advance()
-            node = self.alternatives()
-            self.expect(r"\}")
-            return node
+        built = self._builder() if opening == r"\{" else None
+        if built:
+            self.bars = bars
+            return built
         node = self.alternatives()
         if opening == "{" and self.accept(r"\choose"):
             node = Node("binom", (node, self.sum()))
+        if opening == "{" and self.accept(r"\over"):
+            node = Node("/", (node, self.sum()))
         closing = self.token
         self.expect(*_OPENERS[opening])
         self.bars = bars
@@ -615,17 +562,38 @@ class _Parser:
             raise Unreadable("an empty group")
         return Node("tuple", many, opening + closing)
 
+    def _builder(self) -> Node | None:
+        """{x | x > 2} is its condition, {2k | k in Z} a family; None if this is another set."""
+        before = (self.start, self.end, self.kind, self.token)
+        self.bars, self.in_head = 1, True
+        try:
+            head = self.relation()
+            found = self.accept(r"\mid", "|", ":", r"\vert")
+        except Unreadable:
+            found = False
+        self.bars, self.in_head = 0, False
+        if not found:
+            self.start, self.end, self.kind, self.token = before
+            return None
+        condition = self.alternatives()
+        self.expect(r"\}")
+        if head.op == "in" and head.args[0].op == "sym" and head.args[1] != sym("\\mathbb R"):
+            return Node("list", (head, condition), "and")
+        name = head.args[0] if head.op == "in" else head
+        return condition if name.op == "sym" else Node("where", (name, condition))
+
     def command(self) -> Node:
         name = self.advance()[1:]
-        if name in FUNCTIONS:
-            return self._call(name)
+        name = _ALIASES.get(name, name)
         if name in _COMMANDS:
             return _COMMANDS[name](self)
+        if name in FUNCTIONS:
+            return self._call(name)
         if name in _GREEK:
             return sym(name)
-        if name.isalpha() and name not in _STRUCTURAL:
-            return sym("\\" + name)
-        raise Unreadable(f"unknown command \\{name}")
+        if self.token == "{" or name in _STRUCTURAL:
+            raise Unreadable(f"unknown command \\{name}")
+        return sym("\\" + name)
 
     def _call(self, name: str) -> Node:
         base = power = None
@@ -643,7 +611,7 @@ class _Parser:
             args = (*args, base)
         if power is not None and power == Node("neg", (num(1),)) and name in ("sin", "cos", "tan"):
             return Node("call", args, "arc" + name)
-        node = Node("call", args, {"lg": "log"}.get(name, name))
+        node = _function(name, args)
         return node if power is None else Node("^", (node, power))
 
     def _open_argument(self) -> Node:
@@ -680,8 +648,18 @@ class _Parser:
         name = self._raw_argument().rstrip("*")
         if name == "array":
             self._raw_skip()
+        rows = self._rows(name, r"\end")
+        self.end = self.start
+        self._raw_argument()
+        if name == "cases":
+            return Node("set", tuple(row.args[0] for row in rows))
+        return _matrix(rows, name)
+
+    def _rows(self, name: str, closing: str) -> list[Node]:
         rows: list[Node] = []
         while True:
+            while self.accept(r"\hline"):
+                pass
             cells = [self.sum()]
             while self.accept("&"):
                 cells.append(self.sum() if name != "cases" else self.relation())
@@ -689,24 +667,43 @@ class _Parser:
                 cells = [Node(RELATIONS[self.advance()], (cells[0], self.sum()))]
             rows.append(Node("tuple", tuple(cells), "()"))
             self.accept(",")
-            if not self.accept("\\\\") or self.token == r"\end":
+            if not self.accept("\\\\", r"\cr") or self.token == closing:
                 break
-        self.expect(r"\end")
-        self.end = self.start
-        self._raw_argument()
-        if name == "cases":
-            return Node("set", tuple(row.args[0] for row in rows))
-        if len({len(row.args) for row in rows}) > 1:
-            raise Unreadable("a matrix with uneven rows")
-        return Node("det" if name == "vmatrix" else "matrix", tuple(rows))
+        self.expect(closing)
+        return rows
+
+    def plain_matrix(self) -> Node:
+        r"""Plain TeX: ``\pmatrix{1 & 2 \cr 3 & 4}``."""
+        self.expect("{")
+        return _matrix(self._rows("matrix", "}"), "matrix")
+
+    def series(self, op: str) -> Node:
+        r"""``\sum_{k=1}^{n} k^2``: the body, its variable, and the limits."""
+        self.expect("_")
+        self.expect("{")
+        name = self.advance()
+        self.expect("=")
+        low = self.sum()
+        self.expect("}")
+        self.expect("^")
+        high = self.argument()
+        return Node(op, (self.term(), sym(name), low, high))
 
     def _raw_skip(self) -> None:
         self.end = self.start
         self._raw_argument()
 
+    def permutations(self) -> Node:
+        top, bottom = self.argument(), self.argument()
+        return Node("*", (Node("binom", (top, bottom)), Node("!", (bottom,))))
+
     def blackboard(self) -> Node:
         self.end = self.start
         return sym("\\mathbb " + self._raw_argument().strip())
+
+    def conjugate(self) -> Node:
+        r"""``\overline{3+4i}``; over letters it names a segment."""
+        return _conjugated(self.argument())
 
     def boxed(self) -> Node:
         return self.argument()
@@ -719,6 +716,54 @@ def _proper(fraction: Node) -> bool:
     return all(n.op == "num" and n.value.isdigit() for n in (top, bottom)) and int(top.value) < int(bottom.value)
 
 
+def _matrix(rows: list[Node], name: str) -> Node:
+    if len({len(row.args) for row in rows}) > 1:
+        raise Unreadable("a matrix with uneven rows")
+    return Node("det" if name == "vmatrix" else "matrix", tuple(rows))
+
+
+def _function(name: str, args: tuple[Node, ...]) -> Node:
+    """Functions that are another node in disguise: ``sqrt(x)``, ``cis x``, ``lg x``."""
+    if name in ("abs", "floor", "ceil") and len(args) == 1:
+        return Node(name, args)
+    if name in ("sqrt", "cbrt") and len(args) == 1:
+        return Node("root", (args[0], num(2 if name == "sqrt" else 3)))
+    if name == "exp":
+        return Node("^", (sym("e"), *args))
+    if name == "cis":
+        return Node("+", (Node("call", args, "cos"), Node("*", (sym("i"), Node("call", args, "sin")))))
+    if name == "log2":
+        return Node("call", (*args, num(2)), "log")
+    return Node("call", args, {"lg": "log"}.get(name, name))
+
+
+def _conjugated(node: Node) -> Node:
+    if node == sym("i"):
+        return Node("neg", (node,))
+    return Node(node.op, tuple(map(_conjugated, node.args)), node.value)
+
+
+def _is_unit(word: str) -> bool:
+    return (
+        word not in AMBIGUOUS
+        and len(word) > 1
+        and (word in NAMES or word.lower() in NAMES and word.lower() not in AMBIGUOUS)
+    )
+
+
+def _mixed_units(nodes: list[Node]) -> bool:
+    """5 dollars and 20 cents, 1 hour and 5 minutes: one dimension, falling units."""
+    if any(node.op != "unit" for node in nodes):
+        return False
+    measures = [measure(node.value) for node in nodes]
+    factors = [m.factor for m in measures]
+    return (
+        len({m.dimensions for m in measures}) == 1
+        and len(set(factors)) == len(factors)
+        and factors == sorted(factors, reverse=True)
+    )
+
+
 _OPENERS = {
     "(": (")", "]"),
     "[": (")", "]"),
@@ -729,6 +774,8 @@ _OPENERS = {
 }
 _CLOSERS = frozenset(
     [
+        r"\over",
+        r"\cr",
         r"\}",
         r"\rfloor",
         r"\rceil",
@@ -770,7 +817,14 @@ _COMMANDS: dict[str, Callable[[_Parser], Node]] = {
     "begin": _Parser.environment,
     "mathbb": _Parser.blackboard,
     "boxed": _Parser.boxed,
-    "overline": _Parser.boxed,
+    "pmatrix": _Parser.plain_matrix,
+    "bmatrix": _Parser.plain_matrix,
+    "matrix": _Parser.plain_matrix,
+    "perm": _Parser.permutations,
+    "sum": lambda p: p.series("sum"),
+    "prod": lambda p: p.series("prod"),
+    "bar": _Parser.conjugate,
+    "overline": _Parser.conjugate,
     "vec": _Parser.boxed,
     "lfloor": lambda p: p.rounded("floor", r"\rfloor"),
     "lceil": lambda p: p.rounded("ceil", r"\rceil"),

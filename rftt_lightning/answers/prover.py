@@ -1,38 +1,33 @@
-"""The inside of a worker: builds sympy expressions from checked trees and proves or refutes equality.
-
-Runs only as ``python -m rftt_lightning.answers.prover``, under limits; talks JSON lines. Text never reaches sympy's parsers.
-"""
+"""Builds sympy expressions from checked trees and proves or refutes equality. Text never reaches sympy's parsers."""
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import resource
-import select
-import sys
 from collections.abc import Callable
-from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import mpmath
 import sympy
 from sympy import functions as sf
 
-MEMORY = 1 << 30
-"""Address space of a worker, bytes."""
+from rftt_lightning.answers.parse import Node
+
+T = TypeVar("T")
+
 DIGITS = 50
 
 _CALLS: dict[str, Callable[..., Any]] = {
     "sin": sf.sin, "cos": sf.cos, "tan": sf.tan, "cot": sf.cot, "sec": sf.sec, "csc": sf.csc, "arcsin": sf.asin, "arccos": sf.acos,
     "arctan": sf.atan, "sinh": sf.sinh, "cosh": sf.cosh, "tanh": sf.tanh, "arcsinh": sf.asinh, "arccosh": sf.acosh,
     "arctanh": sf.atanh, "ln": sf.log, "exp": sf.exp, "max": sf.Max, "min": sf.Min, "gcd": sympy.gcd, "lcm": sympy.lcm,
+    "sgn": sf.sign, "arccot": sf.acot, "coth": sf.coth,
 }  # fmt: skip
 _OPS: dict[str, Callable[..., Any]] = {
     "+": lambda *terms: sympy.Add(*terms), "*": lambda a, b: a * b, "/": lambda a, b: a / b, "neg": lambda a: -a,
     "^": lambda a, b: a**b, "root": lambda a, n: _root(a, n), "!": sf.factorial, "binom": sf.binomial, "abs": sf.Abs,
-    "floor": sf.floor, "ceil": sf.ceiling, "mod": sympy.Mod, "percent": lambda a: a / 100, "ratio": lambda a, b: a / b,
+    "floor": sf.floor, "mod": sympy.Mod, "percent": lambda a: a / 100, "ratio": lambda a, b: a / b,
 }  # fmt: skip
+_INVERSE = (sf.asin, sf.acos, sf.atan, sf.acot)
 _CONSTANTS = {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "oo": sympy.oo}
 
 
@@ -40,25 +35,34 @@ class Unsupported(ValueError):
     """This tree is no expression for sympy."""
 
 
-def build(tree: list[Any], positive: bool) -> Any:
-    op, value, children = tree
+def build(tree: Node, positive: bool) -> Any:
+    op, value, children = tree.op, tree.value, tree.args
     if op == "num":
         return sympy.Rational(value)
     if op == "base":
-        return sympy.Integer(int(children[0][1], int(value)))
+        return sympy.Integer(int(children[0].value, int(value)))
     if op == "sym":
         return _CONSTANTS.get(value) or sympy.Symbol(value, positive=True if positive else None, real=True)
     if op == "matrix" or op == "det":
-        matrix = sympy.Matrix([[build(cell, positive) for cell in row[2]] for row in children])
+        matrix = sympy.Matrix([[build(cell, positive) for cell in row.args] for row in children])
         return matrix.det() if op == "det" else matrix
+    if op in ("sum", "prod"):
+        body, name, low, high = (build(child, positive) for child in children)
+        series = sympy.Sum if op == "sum" else sympy.Product
+        return series(body, (name, low, high)).doit()
     args = [build(child, positive) for child in children]
     if op == "call" and value == "log":
         return sf.log(args[0]) / sf.log(args[1] if len(args) > 1 else 10)
+    if op == "call" and value in ("max", "min") and len(args) == 2 and any(arg.free_symbols for arg in args):
+        sign = 1 if value == "max" else -1
+        return (args[0] + args[1] + sign * sf.Abs(args[0] - args[1])) / 2
+    if op == "ceil":
+        return -sf.floor(-args[0])
     if op == "call" and value in _CALLS:
         return _CALLS[value](*args)
     if op == "call":
         return sympy.Function(value)(*args)
-    if op == "unit" and value.startswith("degree"):
+    if op == "unit" and value == "degree":
         return args[0] * sympy.pi / 180
     if op not in _OPS:
         raise Unsupported(op)
@@ -69,9 +73,12 @@ def _root(value: Any, index: Any) -> Any:
     return -((-value) ** (1 / index)) if value.is_negative and index.is_odd else value ** (1 / index)
 
 
-def equal(left: list[Any], right: list[Any]) -> bool | None:
+def equal(left: Node, right: Node) -> bool | None:
     """True if proved, False if refuted, None if neither."""
-    if build(left, False) == build(right, False):
+    a, b = build(left, False), build(right, False)
+    if any(side.has(sympy.zoo, sympy.nan) for side in (a, b)):  # 1/0 is no value
+        return False
+    if a == b:
         return True
     a, b = build(left, True), build(right, True)
     if isinstance(a, sympy.MatrixBase) or isinstance(b, sympy.MatrixBase):
@@ -114,9 +121,12 @@ def _number(expression: Any) -> Any:
         return mpmath.hypot(*parts) if len(parts) == 2 else None
 
 
-def _differ_at_real_points(left: list[Any], right: list[Any]) -> bool:
+def _differ_at_real_points(left: Node, right: Node) -> bool:
     """|x| and x agree for positive x: look where coordinates have any sign and both sides are real."""
-    a, b = build(left, False), build(right, False)
+    return _differ_at_points(build(left, False), build(right, False))
+
+
+def _differ_at_points(a: Any, b: Any) -> bool:
     names = sorted(a.free_symbols | b.free_symbols, key=str)
     for seed in range(4):
         draw = random.Random(100 + seed)
@@ -142,7 +152,19 @@ def _is_zero(difference: Any) -> bool:
                 return True
         except (sympy.PolynomialError, NotImplementedError, TypeError, AttributeError):
             continue  # one way of several; another may do
-    return bool(not difference.free_symbols and _algebraic_zero(difference)) or difference.equals(0) is True
+    if not difference.free_symbols and (_algebraic_zero(difference) or _zero_angle(difference)):
+        return True
+    return difference.equals(0) is True
+
+
+def _zero_angle(difference: Any) -> bool:
+    """Sums of inverse functions: an angle near 0 whose tangent is 0 is 0."""
+    if not difference.has(*_INVERSE) or abs(difference.evalf(DIGITS, maxn=400)) > sympy.Float(10) ** -20:
+        return False
+    tangent = sf.tan(difference)
+    for _ in range(4):  # one call opens one level of tan(4 atan x)
+        tangent = sympy.expand_trig(tangent)
+    return sympy.simplify(tangent) == 0
 
 
 def _algebraic_zero(difference: Any) -> bool:
@@ -154,50 +176,48 @@ def _algebraic_zero(difference: Any) -> bool:
         return False
 
 
-def proportional(left: list[Any], right: list[Any]) -> int:
+def proportional(left: Node, right: Node) -> int:
     """Sign of the constant k in left = k * right (numerators alone if the trees are equations' sides); 0 if there is none."""
     a, b = (sympy.expand(sympy.fraction(sympy.together(build(t, True)))[0]) for t in (left, right))
     if a == 0 or b == 0:
         return int(a == b)
     ratio = sympy.simplify(a / b)
-    return 0 if ratio.free_symbols or not ratio.is_number or ratio.is_zero else (1 if ratio.is_positive else -1)
+    if ratio.free_symbols or not ratio.is_number or ratio.is_zero or _not_times(left, ratio, right):
+        return 0
+    return 1 if ratio.is_positive else -1
 
 
-def digits(tree: list[Any]) -> str | None:
+def _not_times(left: Node, ratio: Any, right: Node) -> bool:
+    """Positive values may hide a difference: sqrt(x^2) and x. Numerators are compared, so up to their sign only."""
+    a, b = (sympy.fraction(sympy.together(build(tree, False)))[0] for tree in (left, right))
+    return _differ_at_points(a, ratio * b) and _differ_at_points(a, -ratio * b)
+
+
+def digits(tree: Node) -> str | None:
     """The value of a real constant to 30 decimal digits."""
     value = build(tree, True).evalf(40, maxn=400)
     return str(value) if value.is_Float or value.is_Rational else None
 
 
-_QUESTIONS: dict[str, Callable[..., Any]] = {"equal": equal, "proportional": proportional, "digits": digits}
+class Sympy:
+    """Answers the questions of :class:`~rftt_lightning.answers.equal.Prover`. Runs only in a worker, which may be killed."""
+
+    steps = 1_000_000
+
+    def equal(self, left: Node, right: Node) -> bool | None:
+        return _tried(equal, left, right)
+
+    def proportional(self, left: Node, right: Node) -> int:
+        return _tried(proportional, left, right) or 0
+
+    def digits(self, node: Node) -> str | None:
+        return _tried(digits, node)
 
 
-def answer(line: str) -> Any:
-    question, trees, seconds = json.loads(line)
-    spent = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(resource.RLIMIT_CPU, (spent + int(seconds) + 2, hard))
+def _tried(question: Callable[..., T], *nodes: Node) -> T | None:
     try:
-        return _QUESTIONS[question](*trees)
+        return question(*nodes)
     except MemoryError:
-        os._exit(1)  # the parent counts a time-out and starts a clean worker
-    except Exception:  # noqa: BLE001  the border of the worker: whatever sympy raises means "not proved", and the caller says so
+        raise
+    except Exception:  # noqa: BLE001  whatever sympy raises means "not proved", and the caller says so
         return None
-
-
-def main() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    sys.setrecursionlimit(3000)
-    reduce(lambda a, b: a + b, [sympy.sqrt(2), sympy.sqrt(3)]).evalf(5)  # warm up
-    parent = os.getppid()
-    print("ready", flush=True)
-    while os.getppid() == parent:  # a killed parent leaves no orphan
-        if select.select([sys.stdin], [], [], 5.0)[0]:
-            line = sys.stdin.readline()
-            if not line:
-                return
-            print(json.dumps(answer(line)), flush=True)
-
-
-if __name__ == "__main__":
-    main()

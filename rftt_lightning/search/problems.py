@@ -284,19 +284,21 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, Row]]:
     """Objects of a JSONL file with "file, line n", or of a JSON array with "file, record n". Blank lines are skipped. Raises
     :class:`UserError` on anything else."""
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        with open(path, encoding="utf-8", newline="\n") as file:
+            start = next((c for c in iter(lambda: file.read(1), "") if not c.isspace()), "")
+            file.seek(0)
+            if start == "[":
+                for number, row in enumerate(_parse(file.read(), str(path)), 1):
+                    yield _object(row, f"{path}, record {number}")
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    place = f"{path}, line {number}"
+                    yield _object(_parse(line, place), place)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give the path of a JSONL file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason}; give a JSONL file") from error
-    if content.lstrip().startswith("["):
-        for number, row in enumerate(_parse(content, str(path)), 1):
-            yield _object(row, f"{path}, record {number}")
-        return
-    for number, line in enumerate(content.split("\n"), 1):
-        if line.strip():
-            place = f"{path}, line {number}"
-            yield _object(_parse(line, place), place)
 
 
 def _object(row: Any, place: str) -> tuple[str, Row]:

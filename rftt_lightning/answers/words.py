@@ -1,0 +1,94 @@
+"""Answers in words: what is no difference between two texts, numbers that are spelled out, letters of a multiple choice."""
+
+from __future__ import annotations
+
+import re
+
+_SMALL = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_VALUES = {word: value for value, word in enumerate(_SMALL)} | {word: 10 * tens for tens, word in enumerate(_TENS, 2)}
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "dozen": 12}
+_ORDINALS = {
+    "first": "one",
+    "second": "two",
+    "third": "three",
+    "fifth": "five",
+    "eighth": "eight",
+    "ninth": "nine",
+    "twelfth": "twelve",
+}
+_PARTS = {"half": 2, "halves": 2, "third": 3, "thirds": 3, "quarter": 4, "quarters": 4} | {
+    f"{word}th{s}": value for word, value in _VALUES.items() if value > 3 for s in ("", "s")
+} | {"fifth": 5, "fifths": 5, "eighth": 8, "eighths": 8, "ninth": 9, "ninths": 9}  # fmt: skip
+
+_SAME = {
+    "does not exist": "dne", "doesnt exist": "dne", "not exist": "dne", "not defined": "undefined", "no solutions": "no solution",
+    "no real solutions": "no real solution", "none of above": "none of these", "none of these above": "none of these", "t": "true", "f": "false",
+    "equals infinity": "infinity",
+}  # fmt: skip
+_PASSED_OVER = frozenset("a an the answer is its it option choice".split())
+EMPTY = frozenset({"no solution", "empty set", "null set"})
+"""Words for the empty set."""
+
+
+def words(text: str) -> str:
+    r"""Text for comparison: case, articles, punctuation and spacing are no difference. ``(B)`` is ``b``."""
+    plain = re.sub(r"\\text|[^\w\s]", " ", text.lower().replace("n't", " not").replace("'", "")).split()
+    kept = " ".join(word for word in plain if word not in _PASSED_OVER or len(plain) == 1)
+    return _SAME.get(kept, kept)
+
+
+def number(text: str) -> str | None:
+    """A number in words as digits: ``twenty-one`` 21, ``third`` 3, ``two thirds`` \\frac{2}{3}; None for other words."""
+    found = re.sub(r"\\text|[{}.]", " ", text.lower()).replace("-", " ").split()
+    found = [word for word in found if word != "and"]
+    if not 1 <= len(found) <= 12:
+        return None
+    if len(found) >= 2 and found[-1] in _PARTS and (top := _cardinal(found[:-1])) is not None:
+        return rf"\frac{{{top}}}{{{_PARTS[found[-1]]}}}"
+    last = _ORDINALS.get(found[-1]) or re.sub(r"ieth$", "y", found[-1]).removesuffix("th")
+    value = _cardinal([*found[:-1], last])
+    return None if value is None else str(value)
+
+
+def _cardinal(found: list[str]) -> int | None:
+    total, group = 0, 0
+    for place, word in enumerate(found):
+        if word in _VALUES:
+            group += _VALUES[word]
+        elif word in _SCALES and (place or word == "dozen"):
+            group = max(group, 1) * _SCALES[word]
+            if _SCALES[word] >= 1000:
+                total, group = total + group, 0
+        else:
+            return None
+    return total + group
+
+
+def choice(gold: str, answer: str) -> bool | None:
+    """Multiple choice: a gold of one capital letter against an answer that begins with one; None if this is none."""
+    wanted = re.fullmatch(r"(?:\\text\s*\{)?\s*\(?([A-J])\)?\.?\s*\}?", gold)
+    marked = re.match(
+        r"(?:\\text\s*\{)?\s*(?:(?:option|choice|answer)\s*:?\s*(?:is\s*)?)?(?:\(([A-J])\)|([A-J])(?=[.):]|\s*\}?$))",
+        answer,
+        re.IGNORECASE,
+    )
+    if not wanted or not marked:
+        return None
+    if re.match(r"\W*(?:and|or|,|/|&)\W*[A-J](?![a-zA-Z])", answer[marked.end() :]):
+        return False  # two are chosen
+    return wanted[1] == (marked[1] or marked[2])
+
+
+_OPPOSITES = [tuple(pair.split("/")) for pair in (
+    "increase/decrease increased/decreased gain/loss profit/loss north/south east/west left/right above/below before/after up/down "
+    "clockwise/counterclockwise early/late faster/slower larger/smaller deposit/withdrawal forward/backward maximum/minimum"
+).split()]  # fmt: skip
+
+
+def opposed(gold: str, answer: str) -> bool:
+    """Does one text say increase and the other decrease?"""
+    left, right = ({*re.findall(r"[a-z]+", text.lower())} for text in (gold, answer))
+    return any(
+        {left & pair != right & pair, len(left & pair), len(right & pair)} == {True} for pair in map(set, _OPPOSITES)
+    )

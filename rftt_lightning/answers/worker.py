@@ -1,0 +1,88 @@
+"""The inside of a worker: ``python -m rftt_lightning.answers.worker``, under limits, talking JSON lines.
+
+A guardian imports sympy, tests itself on known pairs, and forks the process that judges; when that is killed or dies it
+forks another, which takes milliseconds where a new start takes a second. Text never reaches sympy's parsers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rftt_lightning.answers.decide import decide
+from rftt_lightning.answers.prover import Sympy
+from rftt_lightning.core.contracts import Status, Verdict
+
+Judge = Callable[..., Verdict]
+
+MEMORY = 300 << 20
+"""Address space of a worker, bytes."""
+
+KNOWN = [  # gold, answer, equal: one pair for each way to decide
+    ("1,234", "1234", True), (r"\frac{1}{3}", "0.33", False), (r"\sqrt{8}", r"2\sqrt{2}", True), (r"\sqrt{8}", r"2\sqrt{3}", False),
+    (r"\sin^2 x", r"1-\cos^2 x", True), ("(1,2)", "(2,1)", False), (r"\{1,2\}", "2, 1", True), ("x<3", r"(-\infty,3)", True),
+    ("y=2x+1", "4x-2y+2=0", True), ("25\\%", "0.25", True), (r"\text{yes}", "no", False), (r"\frac{1}{\sqrt2}", "0.7071", False),
+    (r"\sqrt{3+2\sqrt2}", r"1+\sqrt2", True), (r"\binom{n}{2}", r"\frac{n(n-1)}{2}", True), ("e^{i x}", r"\cos x+i\sin x", True),
+]  # fmt: skip
+
+
+def self_test() -> str:
+    """What is judged wrongly here; empty if nothing is. Also fills sympy's caches for the forks."""
+    for gold, answer, equal in KNOWN:
+        verdict = decide(gold, answer, Sympy())
+        if verdict.right != equal or verdict.status not in (Status.RIGHT, Status.WRONG):
+            return f"{answer} for {gold} is {verdict.status} by {verdict.rule or 'no rule'}"
+    return ""
+
+
+def serve(judge: Judge, memory: int) -> None:
+    """Judge requests until the caller closes the pipe. The CPU limit ends what the caller does not live to kill."""
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    _send({"judge": os.getpid()})
+    for line in sys.stdin:
+        seconds, *pairs = json.loads(line)
+        for pair in pairs:
+            spent = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+            resource.setrlimit(resource.RLIMIT_CPU, (int(spent + seconds) + 2, resource.RLIM_INFINITY))
+            try:
+                verdict = judge(*pair)
+            except MemoryError:
+                os._exit(1)
+            _send([verdict.status, verdict.rule, verdict.forms])
+
+
+def _send(message: Any) -> None:
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+def guard(judge: Judge, fault: str, memory: int = MEMORY) -> int:
+    """Fork processes that serve, one after the other, until one ends because the caller has gone. Does not return before."""
+    if fault:
+        _send({"broken": fault})
+        return 1
+    while True:
+        fork = os.fork()
+        if fork == 0:
+            serve(judge, memory)
+            os._exit(0)
+        _, status = os.waitpid(fork, 0)
+        if os.waitstatus_to_exitcode(status) == 0:
+            return 0
+
+
+def judge(gold: str, answer: str, loose: bool) -> Verdict:
+    return decide(gold, answer, Sympy(), loose)
+
+
+def main() -> int:
+    sys.setrecursionlimit(3000)
+    return guard(judge, self_test())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
