@@ -75,6 +75,8 @@ _LATEX = _rules(  # for texts with a backslash; in this order
     (r"\\text\s*\{\s*(?:all |the )*real(?: number)?s\s*\}", r"\\mathbb{R}"),
     (r"\\text\s*\{((?:\s*\(?[A-J]\)?\s*(?:,\s*and\b|,|\band\b)?)+)\}", lambda m: re.sub(r"[()]", "", m[1]) if m[1].count("(") > 1 else m[1]),
     (r"\\text\s*\{\s*([-+]?\d[\d.,/]*\s*\\?%?)\s*\}", r"\1"),
+    (r"\\text\s*\{\s*\(\s*mod\s*\}", r"(\\mod "),
+    (r"^\\text\s*\{([^{}]*\d[^{}]*)\}$", r"\1"),
     (r"\\(?:lbrace)(?![a-zA-Z])", r"\\{"),
     (r"\\(?:rbrace)(?![a-zA-Z])", r"\\}"),
 )  # fmt: skip
@@ -114,6 +116,10 @@ _WORDS = _rules(  # for texts with a letter outside commands
     (r"(?<=\d)\s*(?:\\text\s*\{)?\s*\bto\b\s*\}?\s*(?=\d+$)", ":"),
     (r"^(?:\\text\s*\{\s*|\\mathbb\{R\},?\s*)?(?:all )?(?:real (?:numbers?|values?)|reals)?(?: of)?\s*x?\s*(?:except|other than|but not)(?: for| when)?\s*\}?\s*(?:x\s*=)?([^=<>]+)$", r"\\mathbb{R} \\setminus \\{\1\\}"),
     (r"(?<=\d) repeating$", "..."),
+    (
+        r"(?<![\w\\{])([0-9A-Fa-f]*[A-Fa-f][0-9A-Fa-f]*)_\s*\{?\s*(?:\\text\s*\{)?\s*(1[1-6]|eleven|twelve|sixteen)\s*\}{0,2}$",
+        lambda m: rf"\based{{{m[1]}}}{{{ {'eleven': 11, 'twelve': 12, 'sixteen': 16}.get(m[2], m[2]) }}}",
+    ),
 )  # fmt: skip
 
 _ANGLE = re.compile(

@@ -397,6 +397,10 @@ def _is_name(node: Node) -> bool:
         return len(node.value) == 1
     if node.op == "tuple":
         return all(_is_name(arg) for arg in node.args)
+    if node.op == "/" and all(n.op == "*" and n.args[0] == sym("d") for n in node.args):  # dy/dx
+        return True
+    if node.op == "*" and node.args[0].op == "^" and node.args[0].args[1] == Node("neg", (num(1),)):  # f^{-1}(x)
+        return node.args[0].args[0].value in ("f", "g", "h", "F", "G", "H") and node.args[1].op == "sym"
     if node.op in ("*", "abs", "ratio", "/"):
         return all(_is_geometric(arg) for arg in node.args)
     return False
@@ -645,7 +649,7 @@ def _interval_like(node: Node) -> bool:
 
 def _too_large(node: Node) -> bool:
     """Would evaluating this build an enormous number? (towers, giant factorials and exponents)"""
-    if node.op in ("^", "!", "binom"):
+    if node.op in ("^", "!", "!!", "binom"):
         last = node.args[-1] if node.op == "^" else node.args[0]
         limit = 20_000 if node.op == "^" else 2_000
         try:
@@ -656,6 +660,6 @@ def _too_large(node: Node) -> bool:
                 if abs(approximate(last)) > limit:
                     return True
             except Undecided:
-                if not last.symbols() and any(arg.op in ("^", "!", "binom") for arg in last.args):
+                if not last.symbols() and any(arg.op in ("^", "!", "!!", "binom") for arg in last.args):
                     return True
     return any(_too_large(arg) for arg in node.args)

@@ -88,6 +88,10 @@ def _binomial(top: Fraction, bottom: Fraction) -> int:
     return math.comb(_whole(top, 5000), _whole(bottom, 5000))
 
 
+def _double_factorial(value: Fraction) -> int:
+    return math.prod(range(_whole(value, 1200), 0, -2))
+
+
 def _modulo(value: Fraction, modulus: Fraction) -> Fraction:
     return value % modulus if modulus > 0 else _undecided()
 
@@ -105,7 +109,7 @@ def _in_base(digits: str, base: int) -> Fraction:
 
 _RATIONAL: dict[str, Callable[..., Any]] = {
     "+": lambda *terms: reduce(lambda a, b: _bounded(a + b), terms), "*": lambda a, b: a * b, "/": lambda a, b: a / b,
-    "neg": lambda a: -a, "^": _power, "root": _root, "!": lambda a: math.factorial(_whole(a, 1200)), "binom": _binomial, "abs": abs, "floor": math.floor,
+    "neg": lambda a: -a, "^": _power, "root": _root, "!": lambda a: math.factorial(_whole(a, 1200)), "!!": _double_factorial, "binom": _binomial, "abs": abs, "floor": math.floor,
     "ceil": math.ceil, "mod": _modulo, "percent": lambda a: a / 100, "ratio": lambda a, b: a / b,
 }  # fmt: skip
 _CALLS: dict[str, Callable[..., Any]] = {

@@ -85,6 +85,7 @@ _PERCENT = frozenset("% percent percents percentage pct".split())
 _BASES = {
     name: base for base, name in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)
 } | {"sixteen": 16}
+_UNIONS = {r"\cup": "cup", r"\cap": "cap", r"\setminus": "minus", r"\backslash": "minus"}
 _CONNECTIVES = ("and", "or")
 _SHORT = 3
 """Letters of an unknown run that are read as a product; longer runs are words."""
@@ -296,9 +297,11 @@ class _Parser:
         while self.kind != "text" and self.token in RELATIONS:
             op = RELATIONS[self.advance()]
             self.skip_notes()
-            right = self.union()
+            right = self.union() if op in ("=", "in") else self.ratio()
             left = Node(op, (left, right))
             self.skip_notes()
+            if op not in ("=", "in") and self.token in _UNIONS:  # x < 1 \cup x > 3
+                left = Node(_UNIONS[self.advance()], (left, self.relation()))
         if self.accept(r"\pmod") or (
             self.token == "(" and re.match(r"\(\s*(?:\\text\{)?\\?mod\b", self.text[self.start :].lstrip())
         ):
@@ -316,9 +319,8 @@ class _Parser:
 
     def union(self) -> Node:
         left = self.ratio()
-        names = {r"\cup": "cup", r"\cap": "cap", r"\setminus": "minus", r"\backslash": "minus"}
-        while self.kind == "cmd" and self.token in names:
-            op = names[self.advance()]
+        while self.kind == "cmd" and self.token in _UNIONS:
+            op = _UNIONS[self.advance()]
             bare = self.token == "{"
             right = self.ratio()
             left = Node(op, (left, Node("set", (right,)) if bare and right.op not in ("set", "tuple") else right))
@@ -348,6 +350,9 @@ class _Parser:
             if len(signs) > MAX_DEPTH:
                 raise Unreadable("too many signs")
         node = self.term()
+        if signs and signs[-1] == "-" and node.op == "mod":  # -7 mod 3 is (-7) mod 3
+            signs.pop()
+            node = Node("mod", (Node("neg", node.args[:1]), node.args[1]))
         for sign in reversed(signs):
             node = node if sign == "+" else Node({"-": "neg", r"\pm": "pm", r"\mp": "mp"}[sign], (node,))
         return node
@@ -433,7 +438,7 @@ class _Parser:
             if self.accept("^", "**"):
                 node = self._power(node)
             elif self.accept("!"):
-                node = Node("!", (node,))
+                node = Node("!!" if self.accept("!") else "!", (node,))
             elif self.accept("%", r"\%"):
                 node = Node("percent", (node,))
             elif self.kind == "op" and self.token == "_":
@@ -697,6 +702,13 @@ class _Parser:
         top, bottom = self.argument(), self.argument()
         return Node("*", (Node("binom", (top, bottom)), Node("!", (bottom,))))
 
+    def based(self) -> Node:
+        r"""``\based{1A}{16}``: digits that may be letters."""
+        self.end = self.start
+        digits = self._raw_argument()
+        self.end = self.start
+        return Node("base", (num(digits),), self._raw_argument())
+
     def blackboard(self) -> Node:
         self.end = self.start
         return sym("\\mathbb " + self._raw_argument().strip())
@@ -821,6 +833,7 @@ _COMMANDS: dict[str, Callable[[_Parser], Node]] = {
     "bmatrix": _Parser.plain_matrix,
     "matrix": _Parser.plain_matrix,
     "perm": _Parser.permutations,
+    "based": _Parser.based,
     "sum": lambda p: p.series("sum"),
     "prod": lambda p: p.series("prod"),
     "bar": _Parser.conjugate,

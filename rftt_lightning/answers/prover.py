@@ -24,7 +24,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 _OPS: dict[str, Callable[..., Any]] = {
     "+": lambda *terms: sympy.Add(*terms), "*": lambda a, b: a * b, "/": lambda a, b: a / b, "neg": lambda a: -a,
-    "^": lambda a, b: a**b, "root": lambda a, n: _root(a, n), "!": sf.factorial, "binom": sf.binomial, "abs": sf.Abs,
+    "^": lambda a, b: a**b, "root": lambda a, n: _root(a, n), "!": sf.factorial, "!!": sf.factorial2, "binom": sf.binomial, "abs": sf.Abs,
     "floor": sf.floor, "mod": sympy.Mod, "percent": lambda a: a / 100, "ratio": lambda a, b: a / b,
 }  # fmt: skip
 _INVERSE = (sf.asin, sf.acos, sf.atan, sf.acot)

@@ -52,15 +52,17 @@ def verify_many(
     if workers < 1:
         raise UserError(f"workers is {workers}; it must be at least 1")
     read = [_read(gold, response, kind) for gold, response in pairs]
-    open_questions = list(dict.fromkeys(q for q in read if isinstance(q, Question) and q not in _REMEMBERED))
+    asked = dict.fromkeys(question for question in read if isinstance(question, Question))
+    found = {question: verdict for question in asked if (verdict := _REMEMBERED.get(question))}
+    open_questions = [question for question in asked if question not in found]
     if workers == 1 or len(open_questions) < 2:
-        found = {question: _verdict(question, seconds) for question in open_questions}
+        found |= {question: _verdict(question, seconds) for question in open_questions}
     else:
         shared = iter(open_questions)
         with ThreadPoolExecutor(workers) as threads:
             parts = threads.map(lambda _: list(_from_workers(shared, seconds)), range(workers))
-            found = dict(pair for part in parts for pair in part)
-    return [q if isinstance(q, Verdict) else found.get(q) or _REMEMBERED[q] for q in read]
+            found |= dict(pair for part in parts for pair in part)
+    return [question if isinstance(question, Verdict) else found[question] for question in read]
 
 
 def forget() -> None:

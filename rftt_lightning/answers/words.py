@@ -39,11 +39,13 @@ def words(text: str) -> str:
 
 
 def number(text: str) -> str | None:
-    """A number in words as digits: ``twenty-one`` 21, ``third`` 3, ``two thirds`` \\frac{2}{3}; None for other words."""
+    """A number in words as digits: ``twenty-one`` 21, ``third`` 3, ``two thirds`` \\frac{2}{3}, ``noon``; None for other words."""
     found = re.sub(r"\\text|[{}.]", " ", text.lower()).replace("-", " ").split()
     found = [word for word in found if word != "and"]
     if not 1 <= len(found) <= 12:
         return None
+    if found in (["noon"], ["midnight"]):
+        return r"12:00\PM" if found == ["noon"] else r"12:00\AM"
     if len(found) >= 2 and found[-1] in _PARTS and (top := _cardinal(found[:-1])) is not None:
         return rf"\frac{{{top}}}{{{_PARTS[found[-1]]}}}"
     last = _ORDINALS.get(found[-1]) or re.sub(r"ieth$", "y", found[-1]).removesuffix("th")

@@ -199,6 +199,14 @@ def test_equal_questions_are_decided_once(monkeypatch):
     assert len(asked) == 2
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_forgotten_during_a_batch_is_still_returned(workers, monkeypatch):
+    monkeypatch.setattr("rftt_lightning.answers.verify.REMEMBERED", 4)
+    pairs = [(str(k), f"{k}.0") for k in range(100, 130)]
+    verify_many(pairs[:3], workers=workers)
+    assert all(verdict.right for verdict in verify_many(pairs, workers=workers))
+
+
 def test_sympy_is_not_imported_by_the_caller():
     code = (
         "import sys; from rftt_lightning.answers import verify; assert verify('1/2', '0.5').right;"
