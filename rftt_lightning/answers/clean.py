@@ -59,7 +59,8 @@ _LATEX = _rules(  # for texts with a backslash; in this order
     (r"\\operatorname\*?" + _GROUP, r"\\\1 "),
     (r"\\(?:underline|overrightarrow|overleftrightarrow|widehat|hat|tilde|widetilde|ensuremath|smash|mathop|math(?:bf|cal|frak|scr))" + _GROUP, r"{\1}"),
     (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\(?:degree|circ)(?![a-zA-Z])|\^\s*\{?\s*\\text\s*\{\s*o\s*\}\s*\}?", " degrees "),
-    (r"[,.]?\s*\\text\{\s*\(?(?:since|as|because|which|so that|by)\b.*$", ""),
+    (r"[,.]?\s*\\text\{\s*(?:\(?(?:since|as|because|which|so that|by)|\((?:the|not|other|reject|where|so|we)\w*)\b.*$", ""),
+    (r"\\frac\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}", r"\\text{\1/\2}"),
     (
         r"\\(?:left\.|right\.|left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|boldsymbol|bm|mathbf|mathstrut"
         r"|textcolor\{\w+\}|color\{\w+\}|unit|nonumber|ldotp|hfill|rm|bf|it)(?![a-zA-Z])",
@@ -96,6 +97,7 @@ _SIGNS = _rules(  # for every text
 
 _WORDS = _rules(  # for texts with a letter outside commands
     (r"(?:\\text\s*\{\s*)?\b(?:negative|minus)\b\s*\}?\s*(?=\d|\\frac|\\sqrt)", "-"),
+    (r"(?i)^(?:\\text\s*\{\s*)?(?:the |my |so,? |thus,? )*(?:final |correct )*answer(?: is|\s*[:=])\s*:?\s*\}?\s*", ""),
     (r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))", r"\\times "),
     (r"(?<=[\d)])\s+[xX]\s+(?=\d)", r" \\times "),
     (r"(?<=[\])}])\s*U\s*(?=[\[(\\{])", r"\\cup "),
@@ -164,7 +166,8 @@ def clean(text: str) -> str:
     text = _apply(_COMMAS, text)
     if "\\" in text:
         text = _apply(_LATEX, text)
-    text = _apply(_SIGNS, text)
+    text = _apply(_SIGNS, text).rstrip()
+    text = text if text.endswith("..") else text.rstrip(".,;")
     if re.search(r"(?<!\\)(?<![a-zA-Z])[a-zA-Z]", text):
         text = _apply(_WORDS, text)
     if "degrees" in text:

@@ -401,6 +401,8 @@ def _is_name(node: Node) -> bool:
         return True
     if node.op == "*" and node.args[0].op == "^" and node.args[0].args[1] == Node("neg", (num(1),)):  # f^{-1}(x)
         return node.args[0].args[0].value in ("f", "g", "h", "F", "G", "H") and node.args[1].op == "sym"
+    if node.op == "*" and _leaves(node)[0] == "m":  # m \angle ABC
+        return len(_leaves(node)) > 1 and all(name[:1].isupper() for name in _leaves(node)[1:])
     if node.op in ("*", "abs", "ratio", "/"):
         return all(_is_geometric(arg) for arg in node.args)
     return False

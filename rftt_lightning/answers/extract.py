@@ -31,6 +31,9 @@ CHANGES_MEANING = re.compile(
 )
 _WORD = re.compile(r"[a-zA-Z]+")
 _PROSE = re.compile(r"\s*(?:so|thus|hence|therefore|then|we|it|this|that|the|i(?=\s+[a-z]{2}))\b", re.IGNORECASE)
+_LABEL = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z](?:_\{?\w\}?)?)\s*=\s*$")
+_ASIDE = re.compile(r"\s*\([^()]*[a-zA-Z]{3,}[^()]*\)(?=\W*$)")
+_HEDGE = re.compile(r"\b(?:(?:could|might|may)(?: also| well)? be|maybe|perhaps|possibly|either)\b", re.IGNORECASE)
 _BETWEEN = re.compile(
     r"\b[a-zA-Z](?:_\{?\w+\}?)?(?:\([a-zA-Z]\))?\s*=|\\(?:quad|qquad|text|[\[\]();,! ])|[$\s{}~+.:*\\\[\]]"
 )
@@ -72,6 +75,10 @@ def _boxed(text: str) -> str | None:
         if not _linked(text[box[1] : joint[0][0]]):
             break
         joint.insert(0, box)
+    labels = [_LABEL.search(text, max(0, start - 40), start) for start, _, _ in joint]
+    names = [label[1] if label else "" for label in labels]
+    if all(names) and len({*names}) == len(names) > 1:  # x = 1 and y = 2 say which is which
+        return " ; ".join(f"{name} = {content}" for name, (_, _, content) in zip(names, joint, strict=True))
     return " ; ".join(dict.fromkeys(content for _, _, content in joint))
 
 
@@ -100,7 +107,8 @@ def extract(response: str | None) -> str | None:
     last = re.compile(r".*final answer(?: is|:)", re.IGNORECASE | re.DOTALL).match(
         text, len(text) - min(len(text), 300)
     )
-    if last and not _BOX.search(text, last.end()) and boxes(text):
+    boxed = boxes(text)
+    if last and not _BOX.search(text, last.end()) and boxed and last.end() >= boxed[-1][1]:
         return _after_mark(text)  # a final answer stated after every box
     for read in (_boxed, _after_hashes, _after_mark):
         answer = read(text)
@@ -160,8 +168,11 @@ def _last_statement(text: str) -> str | None:
     if not re.search(r"[.!?:;)\]}$*\d]\W*$", lines[-1]):  # it broke off: only its last sentence may state something
         lines = [re.split(r"(?<=[^\d\W]|\d)\.\s", lines[-1])[-1]]
     for line in reversed(lines):
+        line = _ASIDE.sub("", line)  # 7 (3 cats and 4 dogs)
         formulas = [next(filter(None, match.groups())) for match in _MATH.finditer(line)]
         numbers = [m for m in _NUMBER.finditer(line) if not (m.start() and (line[m.start() - 1].isalnum()))]
+        if _HEDGE.search(line) and len({m[0] for m in numbers} | {*formulas}) > 1:
+            return None
         if formulas and (not numbers or line.rindex(formulas[-1]) >= numbers[-1].start() - len(formulas[-1])):
             return formulas[-1].strip()
         if numbers:

@@ -125,6 +125,7 @@ def _join_numbers(text: str, comma: str) -> str:
         text = _DECIMAL_COMMA.sub(r"\1.\2", text)
     elif comma == "group" and not bracketed:
         text = _GROUPED.sub(lambda m: m[0].replace(",", ""), text)
+    text = _PROGRESSION.sub(_expanded, text)
     text = _SPACED.sub(lambda m: re.sub(r"[ '_.]", "", m[0]), text)
     if "." in text:
         text = _TWO_DOTS.sub(lambda m: _repeating(m[1], m[2], m[3] + m[4] + m[5]), text)
@@ -142,6 +143,21 @@ _SPACED = re.compile(
 _TWO_DOTS = re.compile(r"(?<!\d)(\d*)\.(\d*)\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?")
 _CYCLE = re.compile(r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))|\((\d+)\)(?!\d))")
 _ELLIPSIS = re.compile(r"(?<!\d)(\d{0,40})\.(\d{0,12}?)((\d{1,8}?)\4{1,40})\s*\.\.\.")
+
+
+_PROGRESSION = re.compile(
+    r"(-?\d{1,6})\s*,\s*(-?\d{1,6})\s*,\s*((?:-?\d{1,6}\s*,\s*){0,8})\.\.\.\s*,?\s*(-?\d{1,6})(?![\d.])"
+)
+
+
+def _expanded(match: re.Match[str]) -> str:
+    """1, 2, ..., 5 in full; left as it is if it is no arithmetic progression, or a long one."""
+    shown = [int(match[1]), int(match[2]), *map(int, re.findall(r"-?\d+", match[3]))]
+    step = shown[1] - shown[0]
+    terms = list(range(shown[0], int(match[4]) + (1 if step > 0 else -1), step)) if step else []
+    if not len(shown) < len(terms) <= 100 or terms[: len(shown)] != shown or terms[-1] != int(match[4]):
+        return match[0]
+    return ", ".join(map(str, terms))
 
 
 def _repeating(whole: str, head: str, cycle: str) -> str:
@@ -405,6 +421,8 @@ class _Parser:
         unit = read_unit(words)
         if not unit:
             self.notes.append(words)
+            if self._starts_factor():
+                raise Unreadable(f"words between values: {words!r}")
             return node
         return Node("unit", (node,), unit)
 
@@ -734,6 +752,12 @@ def _matrix(rows: list[Node], name: str) -> Node:
     return Node("det" if name == "vmatrix" else "matrix", tuple(rows))
 
 
+def _determinant(node: Node) -> Node:
+    if node.op != "matrix":
+        raise Unreadable("a determinant of no matrix")
+    return Node("det", node.args)
+
+
 def _function(name: str, args: tuple[Node, ...]) -> Node:
     """Functions that are another node in disguise: ``sqrt(x)``, ``cis x``, ``lg x``."""
     if name in ("abs", "floor", "ceil") and len(args) == 1:
@@ -832,6 +856,7 @@ _COMMANDS: dict[str, Callable[[_Parser], Node]] = {
     "pmatrix": _Parser.plain_matrix,
     "bmatrix": _Parser.plain_matrix,
     "matrix": _Parser.plain_matrix,
+    "det": lambda p: _determinant(p.atom()),
     "perm": _Parser.permutations,
     "based": _Parser.based,
     "sum": lambda p: p.series("sum"),

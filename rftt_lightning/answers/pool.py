@@ -2,7 +2,7 @@
 
 A worker (:mod:`rftt_lightning.answers.worker`) reads a JSON line of pairs and writes a JSON line a verdict. It serves any
 thread, daemonic processes, and processes after fork or spawn: a forked child forgets its parent's workers and starts its
-own. A worker that overruns its wall clock, or dies of its CPU or memory limit, is killed and replaced; the pair it was at
+own. A worker that dies of its CPU or memory limit, or overruns its wall clock and is killed, is replaced; the pair it was at
 is known to have no verdict, and the pairs after it are asked again.
 """
 
@@ -25,6 +25,8 @@ from typing import Any, TypeVar
 
 START_SECONDS = 60.0
 """Longest wait for a worker to import sympy and pass its self-test; not charged to the pair."""
+PATIENCE = 3.0
+"""Wall-clock limit of a pair over its CPU seconds: a worker that waits for a busy machine is no worker that hangs."""
 CHUNK = 16
 """Pairs in one request."""
 RECYCLE = 20_000
@@ -64,6 +66,7 @@ class Worker:
         )
         self.judge = 0  # process id of the fork that judges; 0 while it is not up
         self.judged = 0  # pairs that were put to it
+        self.request = 0  # number of the last request
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.process.stdout, selectors.EVENT_READ)  # type: ignore[arg-type]
         self._buffer = b""
@@ -79,20 +82,26 @@ class Worker:
                 self.judge, self.judged = line["judge"], 0
 
     def ask(self, pairs: Sequence[Pair], seconds: float) -> Iterator[list[Any]]:
-        """Verdicts as [status, rule, forms], in order; raises :class:`TimedOut` at the first pair that has none."""
+        """Verdicts as [status, rule, forms], in order; raises :class:`TimedOut` at the first pair that has none. ``seconds`` of CPU
+        for each pair."""
         if self.judged > RECYCLE:
             self.replace_judge()
         self.wait_until_up()
         self.judged += len(pairs)
         assert self.process.stdin is not None
-        line = memoryview(json.dumps([seconds, *pairs]).encode() + b"\n")
+        self.request += 1
+        line = memoryview(json.dumps([self.request, seconds, *pairs]).encode() + b"\n")
         try:
             while line:
                 line = line[self.process.stdin.write(line) :]
         except OSError as error:
+            self.judge = 0
             raise TimedOut("worker died") from error
         for _ in pairs:
-            yield self._line(time.monotonic() + seconds)
+            request, deadline = 0, time.monotonic() + PATIENCE * seconds
+            while request != self.request:  # a successor may still answer what its predecessor was asked
+                request, *reply = self._line(deadline)
+            yield reply
 
     def _line(self, deadline: float) -> Any:
         assert self.process.stdout is not None
@@ -101,13 +110,14 @@ class Worker:
                 raise TimedOut("wall clock")
             part = os.read(self.process.stdout.fileno(), 1 << 16)
             if not part:
+                self.judge = 0
                 raise TimedOut("worker died")
             self._buffer += part
         line, _, self._buffer = self._buffer.partition(b"\n")
         reply = json.loads(line)
         if self.judge and "judge" in reply:  # it died and was forked anew by its guardian
             self.judge = reply["judge"]
-            raise TimedOut("worker died")
+            raise TimedOut(reply["cause"])
         return reply
 
     def replace_judge(self) -> None:
@@ -179,14 +189,16 @@ class Pool:
                             done += 1
                             yield chunk[done - 1], reply
                     except TimedOut as reason:
-                        self._recover(worker)
+                        self._recover(worker, reason)
                         done += 1
                         yield chunk[done - 1], reason
                     chunk = chunk[done:]
 
-    def _recover(self, worker: Worker) -> None:
+    def _recover(self, worker: Worker, reason: TimedOut) -> None:
         try:
-            worker.replace_judge()
+            if str(reason) == "wall clock":  # else its guardian has forked another
+                worker.replace_judge()
+            worker.wait_until_up()
         except TimedOut:  # the guardian is gone, too (killed by the system, say)
             worker.kill()
             worker.start()

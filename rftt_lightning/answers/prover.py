@@ -144,8 +144,12 @@ def _is_zero(difference: Any) -> bool:
     steps: list[Callable[[Any], Any]] = [
         sympy.expand, lambda d: sympy.cancel(sympy.together(d)), sympy.radsimp, lambda d: sympy.expand(d, func=True, trig=True),
         lambda d: sympy.expand_log(sympy.logcombine(d, force=True), force=True), sympy.simplify,
-        lambda d: sympy.simplify(d.rewrite(sympy.exp)), lambda d: sympy.simplify(sympy.combsimp(d.rewrite(sympy.gamma))),
+        lambda d: sympy.simplify(d.rewrite(sympy.exp)),
     ]  # fmt: skip
+    if difference.has(sf.factorial, sf.binomial):
+        steps.insert(0, lambda d: sympy.gammasimp(d.rewrite(sympy.gamma)))
+    if difference.has(sympy.I):
+        steps.insert(0, lambda d: sympy.expand(d, complex=True))
     for step in steps:
         try:
             if step(difference) == 0:

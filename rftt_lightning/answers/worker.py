@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,9 @@ Judge = Callable[..., Verdict]
 
 MEMORY = 300 << 20
 """Address space of a worker, bytes."""
+
+OUT_OF_MEMORY = 3
+"""Exit status."""
 
 KNOWN = [  # gold, answer, equal: one pair for each way to decide
     ("1,234", "1234", True), (r"\frac{1}{3}", "0.33", False), (r"\sqrt{8}", r"2\sqrt{2}", True), (r"\sqrt{8}", r"2\sqrt{3}", False),
@@ -39,20 +43,25 @@ def self_test() -> str:
     return ""
 
 
-def serve(judge: Judge, memory: int) -> None:
-    """Judge requests until the caller closes the pipe. The CPU limit ends what the caller does not live to kill."""
+def serve(judge: Judge, memory: int, cause: str) -> None:
+    """Judge requests until the caller closes the pipe.
+
+    A pair that takes more CPU seconds than its budget ends the process: SIGPROF is left to kill it, which also works inside C
+    code. So a busy machine takes nothing from the budget, and what a killed caller left behind ends, too.
+    """
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    _send({"judge": os.getpid()})
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    _send({"judge": os.getpid(), "cause": cause})
     for line in sys.stdin:
-        seconds, *pairs = json.loads(line)
+        request, seconds, *pairs = json.loads(line)
         for pair in pairs:
-            spent = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-            resource.setrlimit(resource.RLIMIT_CPU, (int(spent + seconds) + 2, resource.RLIM_INFINITY))
+            signal.setitimer(signal.ITIMER_PROF, seconds)
             try:
                 verdict = judge(*pair)
             except MemoryError:
-                os._exit(1)
-            _send([verdict.status, verdict.rule, verdict.forms])
+                os._exit(OUT_OF_MEMORY)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            _send([request, verdict.status, verdict.rule, verdict.forms])
 
 
 def _send(message: Any) -> None:
@@ -65,14 +74,16 @@ def guard(judge: Judge, fault: str, memory: int = MEMORY) -> int:
     if fault:
         _send({"broken": fault})
         return 1
+    cause = ""
     while True:
         fork = os.fork()
         if fork == 0:
-            serve(judge, memory)
+            serve(judge, memory, cause)
             os._exit(0)
-        _, status = os.waitpid(fork, 0)
-        if os.waitstatus_to_exitcode(status) == 0:
+        code = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
+        if code == 0:
             return 0
+        cause = {-signal.SIGPROF: "CPU time", OUT_OF_MEMORY: "memory"}.get(code, "worker died")
 
 
 def judge(gold: str, answer: str, loose: bool) -> Verdict:

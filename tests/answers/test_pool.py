@@ -47,11 +47,40 @@ def test_one_that_overruns_is_killed_and_the_rest_is_answered(pool):
     (lent,) = pool._idle
     judge, began = lent.judge, time.monotonic()
     pairs = [(r"\sqrt{8}", r"2\sqrt2"), (SLOW, "1"), (r"\sqrt{8}", r"3\sqrt2"), (SLOW, "2"), ("1", "1.0")]
-    assert ask(pool, *pairs, seconds=0.5) == ["right", "wall clock", "wrong", "wall clock", "right"]
+    assert ask(pool, *pairs, seconds=0.5) == ["right", "CPU time", "wrong", "CPU time", "right"]
     assert time.monotonic() - began < 4
     assert pool._idle == [lent]
     assert lent.judge != judge
     assert processes(lent) == {lent.process.pid, lent.judge}
+
+
+def test_one_that_hangs_without_computing_is_killed(pool):
+    (lent,) = pool._idle
+    judge = lent.judge
+    os.kill(judge, signal.SIGSTOP)
+    assert ask(pool, ("1", "1.0"), ("2", "2.0"), seconds=0.2) == ["wall clock", "right"]
+    assert lent.judge != judge
+
+
+def test_verdicts_stay_with_their_pairs_whoever_dies():
+    pool, stop = Pool(1), threading.Event()
+    ask(pool, ("1", "1.0"))
+    (lent,) = pool._idle
+
+    def shoot():
+        while not stop.wait(0.03):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(lent.judge or 2**22, signal.SIGKILL)  # no process has that number
+
+    gun = threading.Thread(target=shoot)
+    gun.start()
+    replies = ask(pool, *[(str(k), f"{k + k % 2}.0") for k in range(3000)])
+    stop.set()
+    gun.join()
+    pool.close()
+    judged = [(k, reply) for k, reply in enumerate(replies) if reply not in ("worker died", "wall clock")]
+    assert 1000 < len(judged) < 3000
+    assert all(reply == ("wrong" if k % 2 else "right") for k, reply in judged)
 
 
 def test_one_that_dies_is_replaced(pool):
@@ -201,7 +230,7 @@ def test_equal_questions_are_decided_once(monkeypatch):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_is_forgotten_during_a_batch_is_still_returned(workers, monkeypatch):
-    monkeypatch.setattr("rftt_lightning.answers.verify.REMEMBERED", 4)
+    monkeypatch.setattr("rftt_lightning.answers.checker.REMEMBERED", 4)
     pairs = [(str(k), f"{k}.0") for k in range(100, 130)]
     verify_many(pairs[:3], workers=workers)
     assert all(verdict.right for verdict in verify_many(pairs, workers=workers))
