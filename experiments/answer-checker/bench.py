@@ -31,9 +31,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rftt_lightning.answers import extract, verify, verify_many
+from rftt_lightning.answers.checker import forget
 from rftt_lightning.answers.pool import POOL
 from rftt_lightning.answers.second import second_opinions
-from rftt_lightning.answers.checker import forget
 from rftt_lightning.core.contracts import Status, Verdict
 
 Pair = tuple[str, str]

@@ -101,7 +101,7 @@ def _read(gold: str, response: str | None, kind: str | None) -> Question | Verdi
 
 def _bare(response: str | None) -> str | None:
     text = (response or "").strip()
-    return (extract(text) if r"\boxed" in text or "<output>" in text else text) or None
+    return (extract(text) if re.search(r"\\boxed|\\fbox|<output>", text) else text) or None
 
 
 def _verdict(question: Question, seconds: float) -> Verdict:

@@ -166,7 +166,7 @@ def clean(text: str) -> str:
     text = _apply(_COMMAS, text)
     if "\\" in text:
         text = _apply(_LATEX, text)
-    text = _apply(_SIGNS, text).rstrip()
+    text = _apply(_SIGNS, text).strip()
     text = text if text.endswith("..") else text.rstrip(".,;")
     if re.search(r"(?<!\\)(?<![a-zA-Z])[a-zA-Z]", text):
         text = _apply(_WORDS, text)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from rftt_lightning.answers.clean import clean
 from rftt_lightning.answers.equal import Comparison, Prover
 from rftt_lightning.answers.extract import last_number
-from rftt_lightning.answers.parse import Node, Unreadable, parse
+from rftt_lightning.answers.node import Node, Unreadable
+from rftt_lightning.answers.parse import parse
 from rftt_lightning.answers.units import read_unit
 from rftt_lightning.answers.words import choice, number, opposed, words
 from rftt_lightning.core.contracts import Status, Verdict

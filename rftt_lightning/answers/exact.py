@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import reduce
 from typing import Any
 
-from rftt_lightning.answers.parse import Node
+from rftt_lightning.answers.node import Node, replaced
 
 MAX_BITS = 12_000
 """Largest numerator or denominator, in bits (some 3,600 decimal digits)."""
@@ -142,7 +142,7 @@ def proportional_polynomials(left: Node, right: Node) -> int:
     if any(first * b % PRIME != second * a % PRIME for a, b in others):
         return 0
     at = {name: Node("num", value=f"{draw.randrange(2, 10**6)}/{draw.randrange(2, 10**6)}") for name in names}
-    quotient = rational(_at(left, at)) / rational(_at(right, at))
+    quotient = rational(replaced(left, at)) / rational(replaced(right, at))
     return 1 if quotient > 0 else -1
 
 
@@ -151,12 +151,6 @@ def _has_fraction(node: Node) -> bool:
     below = node.op == "/" and node.args[1].symbols()
     power = node.op == "^" and (node.args[0].symbols() and node.args[1].op == "neg")
     return bool(below or power) or any(map(_has_fraction, node.args))
-
-
-def _at(node: Node, values: Mapping[str, Node]) -> Node:
-    if node.op == "sym":
-        return values.get(node.value, node)
-    return Node(node.op, tuple(_at(arg, values) for arg in node.args), node.value)
 
 
 def _residue(node: Node, point: Mapping[str, int]) -> int:
@@ -211,3 +205,21 @@ _APPROXIMATIONS: dict[str, Callable[..., float]] = {
     "+": lambda *terms: sum(terms), "*": lambda a, b: a * b, "/": lambda a, b: a / b, "neg": lambda a: -a, "^": math.pow,
     "root": _real_root, "abs": abs, "percent": lambda a: a / 100,
 }  # fmt: skip
+
+
+def too_large(node: Node) -> bool:
+    """Would evaluating this build an enormous number? (towers, giant factorials and exponents)"""
+    if node.op in ("^", "!", "!!", "binom"):
+        last = node.args[-1] if node.op == "^" else node.args[0]
+        limit = 20_000 if node.op == "^" else 2_000
+        try:
+            if abs(rational(last)) > limit:
+                return True
+        except Undecided:
+            try:
+                if abs(approximate(last)) > limit:
+                    return True
+            except Undecided:
+                if not last.symbols() and any(arg.op in ("^", "!", "!!", "binom") for arg in last.args):
+                    return True
+    return any(too_large(arg) for arg in node.args)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from fractions import Fraction
 
+from rftt_lightning.answers.digits import join_numbers
 from rftt_lightning.answers.extract import CHANGES_MEANING
+from rftt_lightning.answers.node import Node, Unreadable, num, sym
 from rftt_lightning.answers.units import AMBIGUOUS, NAMES, measure, read_unit
 
 MAX_LENGTH = 4000
@@ -23,45 +23,6 @@ MAX_HEIGHT = 100
 """Height of the tree that is read; everything after walks it recursively."""
 
 
-class Unreadable(ValueError):
-    """This text is no answer of a form we know, or is beyond the limits."""
-
-
-@dataclass(frozen=True)
-class Node:
-    r"""``Node("+", (Node("num", value="1"), Node("sym", value="x")))``.
-
-    op: num (``value`` any string that Fraction reads), sym, text, call (``value`` the function's name), + * / ^ neg root !
-    binom abs floor ceil mod pm mp, unit (``value`` its name), percent, base, ratio; tuple (``value`` its brackets), set,
-    list, matrix (rows are tuples), cup cap minus; relations = < <= != in ~ (chains are nested to the left).
-    """
-
-    op: str
-    args: tuple[Node, ...] = ()
-    value: str = ""
-
-    def __str__(self) -> str:
-        if self.op in ("num", "sym", "text"):
-            return self.value
-        inner = ", ".join(map(str, self.args))
-        return f"{self.op}{':' + self.value if self.value else ''}({inner})"
-
-    def symbols(self) -> frozenset[str]:
-        """Names of the free symbols (pi, e and i are none)."""
-        if self.op == "sym":
-            return frozenset() if self.value in CONSTANTS else frozenset([self.value])
-        return frozenset().union(*(arg.symbols() for arg in self.args))
-
-
-def num(value: int | Fraction | str) -> Node:
-    return Node("num", value=str(value))
-
-
-def sym(name: str) -> Node:
-    return Node("sym", value=name)
-
-
-CONSTANTS = frozenset({"pi", "e", "i", "oo"})
 FUNCTIONS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh coth arcsinh arccosh arctanh ln log lg exp max min gcd lcm "
     "cis sgn abs floor ceil sqrt cbrt".split()
@@ -104,7 +65,7 @@ def parse(text: str, comma: str = "group") -> Node:
     """
     if len(text) > MAX_LENGTH:
         raise Unreadable(f"longer than {MAX_LENGTH} characters")
-    node = _Parser(_join_numbers(text, comma)).answer()
+    node = _Parser(join_numbers(text, comma)).answer()
     if _depth(node) > MAX_HEIGHT:
         raise Unreadable(f"a chain of more than {MAX_HEIGHT} operations")
     return node
@@ -116,54 +77,6 @@ def _depth(node: Node) -> int:
     while level:
         level, depth = [arg for parent in level for arg in parent.args], depth + 1
     return depth
-
-
-def _join_numbers(text: str, comma: str) -> str:
-    """Digits that are one number: separators out, cycles of repeating decimals as fractions."""
-    bracketed = _BRACKET.match(text) is not None
-    if comma == "decimal":
-        text = _DECIMAL_COMMA.sub(r"\1.\2", text)
-    elif comma == "group" and not bracketed:
-        text = _GROUPED.sub(lambda m: m[0].replace(",", ""), text)
-    text = _PROGRESSION.sub(_expanded, text)
-    text = _SPACED.sub(lambda m: re.sub(r"[ '_.]", "", m[0]), text)
-    if "." in text:
-        text = _TWO_DOTS.sub(lambda m: _repeating(m[1], m[2], m[3] + m[4] + m[5]), text)
-        text = _CYCLE.sub(lambda m: _repeating(m[1], m[2], m[3] or m[4] or m[5]), text)
-        text = _ELLIPSIS.sub(lambda m: _repeating(m[1], m[2], m[4]) if len(m[3]) >= 3 else m[0], text)
-    return text
-
-
-_BRACKET = re.compile(r"\s*(?:\\\{|[\[({])")
-_DECIMAL_COMMA = re.compile(r"^([-+\s]*(?:\d+(?=,\d\d)|0)),(\d+)(?![\d,.])(?!\s*[,;\d])")
-_GROUPED = re.compile(r"(?<![\d,.])[1-9](?:\d{0,2}(?:,\d{3})+|\d?(?:,\d\d)+,\d{3})(?![\d,])")
-_SPACED = re.compile(
-    r"(?<![\d,.])\d{1,3}(?:(?: \d{3})+(?![\d,/])|(?:'\d{3})+(?!\d)|(?:\.\d{3}){2,}(?![\d.])|(?:_\d{3})+(?!\d))"
-)
-_TWO_DOTS = re.compile(r"(?<!\d)(\d*)\.(\d*)\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?")
-_CYCLE = re.compile(r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))|\((\d+)\)(?!\d))")
-_ELLIPSIS = re.compile(r"(?<!\d)(\d{0,40})\.(\d{0,12}?)((\d{1,8}?)\4{1,40})\s*\.\.\.")
-
-
-_PROGRESSION = re.compile(
-    r"(-?\d{1,6})\s*,\s*(-?\d{1,6})\s*,\s*((?:-?\d{1,6}\s*,\s*){0,8})\.\.\.\s*,?\s*(-?\d{1,6})(?![\d.])"
-)
-
-
-def _expanded(match: re.Match[str]) -> str:
-    """1, 2, ..., 5 in full; left as it is if it is no arithmetic progression, or a long one."""
-    shown = [int(match[1]), int(match[2]), *map(int, re.findall(r"-?\d+", match[3]))]
-    step = shown[1] - shown[0]
-    terms = list(range(shown[0], int(match[4]) + (1 if step > 0 else -1), step)) if step else []
-    if not len(shown) < len(terms) <= 100 or terms[: len(shown)] != shown or terms[-1] != int(match[4]):
-        return match[0]
-    return ", ".join(map(str, terms))
-
-
-def _repeating(whole: str, head: str, cycle: str) -> str:
-    value = Fraction(int((whole or "0") + head), 10 ** len(head))
-    value += Fraction(int(cycle), (10 ** len(cycle) - 1) * 10 ** len(head))
-    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 class _Parser:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from rftt_lightning.answers.exact import Undecided, approximate, rational
-from rftt_lightning.answers.parse import Node, num, sym
+from rftt_lightning.answers.node import Node, num, replaced, sym
 
 ORDERED = ("<", "<=", ">", ">=", "!=")
 FLIPPED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "!=": "!="}
@@ -150,18 +150,12 @@ def _slope(node: Node) -> tuple[Fraction, Fraction] | None:
     if len(names) != 1:
         return None
     try:
-        at = [rational(substitute(node, next(iter(names)), num(value))) for value in (0, 1, 2, 5)]
+        at = [rational(replaced(node, {next(iter(names)): num(value)})) for value in (0, 1, 2, 5)]
     except Undecided:
         return None
     slope = at[1] - at[0]
     linear = slope != 0 and at[2] == at[0] + 2 * slope and at[3] == at[0] + 5 * slope
     return (slope, at[0]) if linear else None
-
-
-def substitute(node: Node, name: str, value: Node) -> Node:
-    if node.op == "sym":
-        return value if node.value == name else node
-    return Node(node.op, tuple(substitute(arg, name, value) for arg in node.args), node.value)
 
 
 def _names(part: Region) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Units of measurement: what a unit text means, as powers of dimensions and a factor."""
+"""Units of measurement, angles and times of day: what a unit text means, and the value of a tree in its unit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
+
+from rftt_lightning.answers.node import Node, num, sym
 
 _INCH = Fraction(127, 5000)  # metres
 _POUND = Fraction(45359237, 100_000_000)  # kilograms
@@ -91,3 +93,43 @@ def measure(unit: str) -> Measure:
             base, _, inner = dimension.partition("^")
             total[base] += int(inner or 1) * int(power or 1)
     return Measure(tuple(sorted((name, power) for name, power in total.items() if power)), factor)
+
+
+def in_units(node: Node) -> tuple[Node, str]:
+    """Value and unit; mixed units of one dimension (2 hours 30 minutes) add up in the first."""
+    if node.op == "unit":
+        return node.args[0], node.value
+    if node.op == "+" and all(arg.op == "unit" for arg in node.args):
+        measures = [measure(arg.value) for arg in node.args]
+        if len({m.dimensions for m in measures}) == 1:
+            factors = [m.factor / measures[0].factor for m in measures]
+            terms = [Node("*", (a.args[0], num(f))) for a, f in zip(node.args, factors, strict=True)]
+            return Node("+", tuple(terms)), node.args[0].value
+    if node.op == "neg":
+        value, unit = in_units(node.args[0])
+        return Node("neg", (value,)), unit
+    return node, ""
+
+
+def in_radians(value: Node, unit: str) -> Node:
+    return Node("*", (value, Node("/", (sym("pi"), num(180))))) if unit == "degree" else value
+
+
+def has_pi(node: Node) -> bool:
+    return node == sym("pi") or any(has_pi(arg) for arg in node.args)
+
+
+def clock(node: Node) -> tuple[int, ...] | None:
+    parts = [arg.value for arg in node.args if arg.op == "num" and arg.value.isdigit() and len(arg.value) < 3]
+    return tuple(map(int, parts)) if len(parts) == len(node.args) else None
+
+
+def same_time(gold: Node, answer: Node) -> bool:
+    times = []
+    for node in (gold, answer):
+        hours, *rest = clock(node) or (0,)
+        hours = hours % 12 + 12 * (node.value == "pm") if node.value else hours
+        times.append((hours, [*rest, 0, 0][:2]))
+    loose = bool(gold.value) != bool(answer.value) and max(t[0] for t in times) - min(t[0] for t in times) in (0, 12)
+    small = all(clock(n)[0] <= 12 for n in (gold, answer) if not n.value)  # type: ignore[index]
+    return times[0][1] == times[1][1] and (times[0][0] == times[1][0] or (loose and small))

@@ -7,7 +7,8 @@ import time
 import pytest
 
 from rftt_lightning.answers import verify
-from rftt_lightning.answers.parse import Unreadable, parse
+from rftt_lightning.answers.node import Unreadable
+from rftt_lightning.answers.parse import parse
 from rftt_lightning.answers.pool import POOL
 from rftt_lightning.core.contracts import Status
 
