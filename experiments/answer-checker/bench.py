@@ -360,6 +360,7 @@ def fuzz(minutes: float) -> None:
         slowest = max(slowest, time.monotonic() - began)
         count += 1
         assert verdict.status in Status
+        assert verdict.rule != "worker died", (left, right)  # so a fault of the checker ends
         assert time.monotonic() - began < 1.0, (left, right)
         answer = extract(left)
         assert answer is None or isinstance(answer, str)

@@ -423,6 +423,8 @@ class _Parser:
         r"""An argument of ``\frac``: a group, or ONE digit or letter (``\frac12`` is a half)."""
         if self.kind == "num" and len(self.token) > 1:
             one = self.token[0]
+            if not one.isdigit():
+                raise Unreadable(f"no digit at {self.start}")
             self.end = self.start + self.text[self.start :].index(one) + 1
             self.advance()
             return num(one)

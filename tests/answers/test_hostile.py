@@ -83,5 +83,5 @@ def test_random_scraps_never_raise_and_equal_themselves_or_nothing():
     for _ in range(1500):
         text = draw.choice(("", " ")).join(draw.choices(PIECES, k=draw.randrange(1, 12)))
         other = draw.choice(("", " ")).join(draw.choices(PIECES, k=draw.randrange(1, 6)))
-        assert verify(text, other).status in Status
+        assert verify(text, other).rule not in ("worker died", "memory", "wall clock")
         assert verify(text, text, kind="answer").status in (Status.RIGHT, Status.NO_ANSWER)

@@ -298,3 +298,11 @@ def test_the_cheap_prover_gives_up_on_long_lists():
     two = ",".join(rf"\{{{k},{k + 2}\}}" for k in range(60))
     with pytest.raises(NeedsProof):
         decide(rf"\{{{one}\}}", rf"\{{{two}\}}", Unproven())
+
+
+def test_a_fault_of_the_checker_is_a_verdict(monkeypatch):
+    def fail(*args):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("rftt_lightning.answers.checker.decide", fail)  # in this process; workers have their own
+    assert verify(r"\sqrt{19}+1", r"\boxed{1+\sqrt{19}}").right
