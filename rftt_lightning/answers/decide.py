@@ -11,7 +11,7 @@ from rftt_lightning.answers.extract import last_number
 from rftt_lightning.answers.node import Node, Unreadable
 from rftt_lightning.answers.parse import parse
 from rftt_lightning.answers.units import read_unit
-from rftt_lightning.answers.words import choice, number, opposed, words
+from rftt_lightning.answers.words import choice, number, opposed, without_letter, words
 from rftt_lightning.core.contracts import Status, Verdict
 
 UNREADABLE = "unreadable answer"
@@ -39,6 +39,7 @@ def _decide(gold: str, answer: str, prover: Prover) -> Verdict:
     chosen = choice(*plain)
     if chosen is not None:
         return Verdict(Status.RIGHT if chosen else Status.WRONG, answer, gold, "choice", plain)
+    plain = without_letter(plain[0]), plain[1]
     if opposed(*plain):
         return Verdict(Status.WRONG, answer, gold, "text", plain)
     golds, answers = list(_readings(plain[0])), list(_readings(plain[1]))

@@ -60,6 +60,9 @@ class Prover(Protocol):
     def digits(self, node: Node) -> str | None:
         """The value of a real constant to 30 decimal digits."""
 
+    def real_roots(self, node: Node) -> int | None:
+        """How many different real roots a polynomial in one symbol has; None if it is none."""
+
 
 class Unproven:
     """The prover of a process that must not be slow."""
@@ -73,6 +76,9 @@ class Unproven:
         raise NeedsProof
 
     def digits(self, node: Node) -> str | None:
+        raise NeedsProof
+
+    def real_roots(self, node: Node) -> int | None:
         raise NeedsProof
 
 
@@ -99,8 +105,8 @@ class Comparison:
         """The first of these forms that either side has decides how to compare."""
         return [
             (("text",), lambda g, a: self._texts(g, a)),
+            (("where",), self._described),
             (("list", "set", "pm", "mp"), self._lists),
-            (("where",), self._same_family),
             (("cup", "cap", "minus", "in", "reals", *ORDERED), self._regions),
             ((EQUATION, "~"), self._equations),
             (("residue",), self._residues),
@@ -269,6 +275,27 @@ class Comparison:
                 names = sides[side].symbols() & PARAMETERS
                 sides[side] = with_parameter(sides[side], sym(min(names)), domain) if len(names) == 1 else sides[side]
         return sides[0], sides[1]
+
+    def _described(self, gold: Node, answer: Node) -> bool:
+        """{x : x^2 = 4} is the set of its solutions; other descriptions are families."""
+        equations = [n for n in (gold, answer) if n.op == "where" and n.args[1].op == EQUATION]
+        if len(equations) == 2:
+            return self._equations(gold.args[1], answer.args[1])
+        if not equations:
+            return self._same_family(gold, answer)
+        (described,), other = equations, answer if gold in equations else gold
+        name, equation = described.args
+        solutions = [value_of(n) for n in members(other)]
+        if name.op != "sym" or equation.symbols() != name.symbols() or not all(map(is_constant, solutions)):
+            return self._by("form", False)
+        if named(equation) and is_constant(equation.args[1]):
+            return self._same_members([equation.args[1]], solutions)
+        found = [replaced(equation, {name.value: solution}) for solution in solutions]
+        if self.prover.real_roots(_difference(equation)) != len(solutions) or not all(
+            self.equal(*n.args) for n in found
+        ):
+            return self._by("equation", False)
+        return self._by("equation", True)
 
     def _same_family(self, gold: Node, answer: Node) -> bool:
         """b + a k for all integers k: the steps agree up to sign, the offsets up to a multiple of the step."""

@@ -518,7 +518,7 @@ class _Parser:
         if head.op == "in" and head.args[0].op == "sym" and head.args[1] != sym("\\mathbb R"):
             return Node("list", (head, condition), "and")
         name = head.args[0] if head.op == "in" else head
-        return condition if name.op == "sym" else Node("where", (name, condition))
+        return condition if name.op == "sym" and condition.op != "=" else Node("where", (name, condition))
 
     def command(self) -> Node:
         name = self.advance()[1:]

@@ -203,6 +203,11 @@ def digits(tree: Node) -> str | None:
     return str(value) if value.is_Float or value.is_Rational else None
 
 
+def real_roots(tree: Node) -> int:
+    polynomial = sympy.Poly(sympy.together(build(tree, False)))
+    return int(polynomial.sqf_part().count_roots())
+
+
 class Sympy:
     """Answers the questions of :class:`~rftt_lightning.answers.equal.Prover`. Runs only in a worker, which may be killed."""
 
@@ -216,6 +221,9 @@ class Sympy:
 
     def digits(self, node: Node) -> str | None:
         return _tried(digits, node)
+
+    def real_roots(self, node: Node) -> int | None:
+        return _tried(real_roots, node)
 
 
 def _tried(question: Callable[..., T], *nodes: Node) -> T | None:

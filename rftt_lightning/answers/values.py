@@ -29,6 +29,8 @@ def is_name(node: Node) -> bool:
         return node.args[0].args[0].value in ("f", "g", "h", "F", "G", "H") and node.args[1].op == "sym"
     if node.op == "*" and leaves(node)[0] == "m":  # m \angle ABC
         return len(leaves(node)) > 1 and all(name[:1].isupper() for name in leaves(node)[1:])
+    if node.op in ("/", "ratio") and all(n.op == "sym" for n in node.args):  # a/b, a:b
+        return True
     if node.op in ("*", "abs", "ratio", "/"):
         return all(_is_geometric(arg) for arg in node.args)
     return False

@@ -26,7 +26,7 @@ _SAME = {
     "no real solutions": "no real solution", "none of above": "none of these", "none of these above": "none of these", "t": "true", "f": "false",
     "equals infinity": "infinity",
 }  # fmt: skip
-_PASSED_OVER = frozenset("a an the answer is its it option choice".split())
+_PASSED_OVER = frozenset("a an the answer is its it option choice limit".split())
 EMPTY = frozenset({"no solution", "empty set", "null set"})
 """Words for the empty set."""
 
@@ -67,19 +67,29 @@ def _cardinal(found: list[str]) -> int | None:
     return total + group
 
 
+_LETTERED = re.compile(r"(?:\\text\s*\{)?\s*\(([A-J])\)\s*\}?\s*(?=[\w$\\-])(?!\\c[au]p)(.+)")
+_MARKED = re.compile(
+    r"(?:\\text\s*\{)?\s*(?:(?:option|choice|answer)\s*:?\s*(?:is\s*)?)?(?:\(([A-Ja-j])\)|([A-J])(?=[.):]|\s*\}?$))",
+    re.IGNORECASE,
+)
+
+
 def choice(gold: str, answer: str) -> bool | None:
-    """Multiple choice: a gold of one capital letter against an answer that begins with one; None if this is none."""
-    wanted = re.fullmatch(r"(?:\\text\s*\{)?\s*\(?([A-J])\)?\.?\s*\}?", gold)
-    marked = re.match(
-        r"(?:\\text\s*\{)?\s*(?:(?:option|choice|answer)\s*:?\s*(?:is\s*)?)?(?:\(([A-J])\)|([A-J])(?=[.):]|\s*\}?$))",
-        answer,
-        re.IGNORECASE,
-    )
-    if not wanted or not marked:
+    """Multiple choice: a gold of one capital letter, or ``(D) 36``, against an answer that begins with a letter; None if this is
+    none."""
+    wanted = re.fullmatch(r"(?:\\text\s*\{)?\s*\(?([A-J])\)?\.?\s*\}?", gold) or _LETTERED.fullmatch(gold)
+    marked = _MARKED.match(answer)
+    if not wanted or not marked or (marked[2] or "A").islower():
         return None
     if re.match(r"\W*(?:and|or|,|/|&)\W*[A-J](?![a-zA-Z])", answer[marked.end() :]):
         return False  # two are chosen
-    return wanted[1] == (marked[1] or marked[2])
+    return wanted[1] == (marked[1] or marked[2]).upper()
+
+
+def without_letter(gold: str) -> str:
+    """``(D) 36`` is 36 where the answer names no letter."""
+    lettered = _LETTERED.fullmatch(gold)
+    return lettered[2].removesuffix("}") if lettered and "{" not in lettered[2] else lettered[2] if lettered else gold
 
 
 _OPPOSITES = [tuple(pair.split("/")) for pair in (
