@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -17,8 +18,9 @@ from rftt_lightning.core.contracts import Status, UserError, Verdict
 SECONDS = 0.7
 """CPU seconds of one comparison (three times as many by the clock). Of 3,000 pairs of all forms two take more than half of it."""
 REMEMBERED = 50_000
-"""Decided comparisons that are kept, the long ones apart."""
+"""Decided comparisons that are kept."""
 LONG = 500
+"""Characters of gold and answer; longer ones are decided anew."""
 KINDS = (None, "answer", "response")
 
 
@@ -54,21 +56,24 @@ def verify_many(
         raise UserError(f"workers is {workers}; it must be at least 1")
     read = [_read(gold, response, kind) for gold, response in pairs]
     asked = dict.fromkeys(question for question in read if isinstance(question, Question))
-    found = {question: verdict for question in asked if (verdict := _REMEMBERED.get(question))}
+    found = {question: verdict for question in asked if (verdict := _MEMORY.get(question))}
     open_questions = [question for question in asked if question not in found]
     if workers == 1 or len(open_questions) < 2:
         found |= {question: _verdict(question, seconds) for question in open_questions}
     else:
-        shared = iter(open_questions)
+        shared, stop = iter(open_questions), threading.Event()
         with ThreadPoolExecutor(workers) as threads:
-            parts = threads.map(lambda _: list(_from_workers(shared, seconds)), range(workers))
-            found |= dict(pair for part in parts for pair in part)
+            try:
+                parts = threads.map(lambda _: list(_from_workers(shared, seconds, stop)), range(workers))
+                found |= dict(pair for part in parts for pair in part)
+            finally:
+                stop.set()  # when interrupted: no thread goes on to its next pair
     return [question if isinstance(question, Verdict) else found[question] for question in read]
 
 
 def forget() -> None:
     """Decide everything anew (for measurements)."""
-    _REMEMBERED.clear()
+    _MEMORY.__init__()  # type: ignore[misc]
 
 
 def gold_answer(gold: str) -> str:
@@ -105,33 +110,44 @@ def _bare(response: str | None) -> str | None:
 
 
 def _verdict(question: Question, seconds: float) -> Verdict:
-    verdict = _REMEMBERED.get(question)
+    verdict = _MEMORY.get(question)
     if verdict is None:
         POOL.warm_up()
         try:
-            verdict = _remember(question, decide(question.gold, question.answer, Unproven(), question.loose))
+            verdict = _MEMORY.put(question, decide(question.gold, question.answer, Unproven(), question.loose))
         except Exception:  # noqa: BLE001  NeedsProof; and a fault of ours, which in a worker is a verdict, and no end of a run
             ((_, verdict),) = _from_workers(iter([question]), seconds)
     return verdict
 
 
-def _from_workers(questions: Iterator[Question], seconds: float) -> Iterator[tuple[Question, Verdict]]:
-    for question, reply in POOL.judge(questions, seconds):
+def _from_workers(
+    questions: Iterator[Question], seconds: float, stop: threading.Event | None = None
+) -> Iterator[tuple[Question, Verdict]]:
+    for question, reply in POOL.judge(questions, seconds, stop):
         if isinstance(reply, TimedOut):  # no knowledge, so never remembered
             yield question, Verdict(Status.TIMED_OUT, question.answer, question.gold, str(reply))
         else:
             status, rule, forms = reply
             verdict = Verdict(Status(status), question.answer, question.gold, rule, forms and (forms[0], forms[1]))
-            yield question, _remember(question, verdict)
+            yield question, _MEMORY.put(question, verdict)
 
 
-_REMEMBERED: dict[Question, Verdict] = {}
+class _Memory:
+    """Two generations of decided comparisons: when the young one is full it becomes the old one. No step needs a lock."""
 
+    def __init__(self) -> None:
+        self.young: dict[Question, Verdict] = {}
+        self.old: dict[Question, Verdict] = {}
 
-def _remember(question: Question, verdict: Verdict) -> Verdict:
-    if len(question.gold) + len(question.answer) > LONG:
+    def get(self, question: Question) -> Verdict | None:
+        return self.young.get(question) or self.old.get(question)
+
+    def put(self, question: Question, verdict: Verdict) -> Verdict:
+        if len(question.gold) + len(question.answer) <= LONG:
+            if len(self.young) >= REMEMBERED // 2:
+                self.old, self.young = self.young, {}
+            self.young[question] = verdict
         return verdict
-    while len(_REMEMBERED) >= REMEMBERED:
-        _REMEMBERED.pop(next(iter(_REMEMBERED)), None)
-    _REMEMBERED[question] = verdict
-    return verdict
+
+
+_MEMORY = _Memory()

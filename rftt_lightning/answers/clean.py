@@ -32,6 +32,14 @@ def _rules(*rules: tuple[str, str | Callable[[re.Match[str]], str]]) -> list[Rul
     return [(re.compile(pattern), new) for pattern, new in rules]
 
 
+def _letters(match: re.Match[str]) -> str:
+    r"""``\text{A, C, and E}`` are letters of a choice, not a word."""
+    parts = re.findall(r"\(?[A-J]\)?(?![a-zA-Z])|,|and|\S", match[1])
+    if not all(part in (",", "and") or part.strip("()") in [*"ABCDEFGHIJ"] for part in parts):
+        return match[0]
+    return re.sub(r"[()]", "", match[1]) if match[1].count("(") > 1 else match[1]
+
+
 def _upright(match: re.Match[str]) -> str:
     """Upright letters are a word or a unit; a single one is a symbol (e, d, i), unless it is a unit after a number."""
     single = len(match[1].strip()) == 1
@@ -58,8 +66,8 @@ _LATEX = _rules(  # for texts with a backslash; in this order
     (r"\\math(?:rm|op)" + _GROUP, _upright),
     (r"\\operatorname\*?" + _GROUP, r"\\\1 "),
     (r"\\(?:underline|overrightarrow|overleftrightarrow|widehat|hat|tilde|widetilde|ensuremath|smash|mathop|math(?:bf|cal|frak|scr))" + _GROUP, r"{\1}"),
-    (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\(?:degree|circ)(?![a-zA-Z])|\^\s*\{?\s*\\text\s*\{\s*o\s*\}\s*\}?", " degrees "),
-    (r"[,.]?\s*\\text\{\s*(?:\(?(?:since|as|because|which|so that|by)|\((?:the|not|other|reject|where|so|we)\w*)\b.*$", ""),
+    (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|(?<=[\d)}])\s*\\(?:degree|circ)(?![a-zA-Z])|\\degree(?![a-zA-Z])|\^\s*\{?\s*\\text\s*\{\s*o\s*\}\s*\}?", " degrees "),
+    (r"[,.]?\s*\\text\{\s*(?:\(?(?:since|as|because|which|so that)|\((?:the|not|other|reject|where|so|we)\w*)\b.*$", ""),
     (r"\\frac\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}\s*\{\s*\\text\s*\{([^{}]*)\}\s*\}", r"\\text{\1/\2}"),
     (
         r"\\(?:left\.|right\.|left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|boldsymbol|bm|mathbf|mathstrut"
@@ -74,7 +82,7 @@ _LATEX = _rules(  # for texts with a backslash; in this order
     (r"\\text\s*\{\s*(?:plus |positive )?infinity\s*\}", r"\\infty "),
     (r"\\text\s*\{\s*(?:negative |minus )infinity\s*\}", r"-\\infty "),
     (r"\\text\s*\{\s*(?:all |the )*real(?: number)?s\s*\}", r"\\mathbb{R}"),
-    (r"\\text\s*\{((?:\s*\(?[A-J]\)?\s*(?:,\s*and\b|,|\band\b)?)+)\}", lambda m: re.sub(r"[()]", "", m[1]) if m[1].count("(") > 1 else m[1]),
+    (r"\\text\s*\{([\s(A-J),and]{1,80})\}", lambda m: _letters(m)),
     (r"\\text\s*\{\s*([-+]?\d[\d.,/]*\s*\\?%?)\s*\}", r"\1"),
     (r"\\text\s*\{\s*\(\s*mod\s*\}", r"(\\mod "),
     (r"^\\text\s*\{([^{}]*\d[^{}]*)\}$", r"\1"),
@@ -105,13 +113,15 @@ _WORDS = _rules(  # for texts with a letter outside commands
     (r"(?<![a-zA-Z\\])(sqrt|cbrt|floor|ceil|abs|arc\s?(?:sin|cos|tan))(?=\s*[({\d])", lambda m: "\\" + m[1].replace(" ", "")),
     (r"(?<![a-zA-Z\\{_])log_?(\d+)\s*(?=\()", r"\\log_{\1}"),
     (r"(?<![a-zA-Z\\])(?:C|nCr|binom)\s*\(\s*(\w+)\s*,\s*(\w+)\s*\)", r"\\binom{\1}{\2}"),
-    (r"\{?\}?[_^]\{?(\w{1,3})\}?C_\{?(\w{1,3})\}?|(?<![\w\\^])(\d{1,3})C(\d{1,3})(?!\w)", lambda m: rf"\binom{{{m[1] or m[3]}}}{{{m[2] or m[4]}}}"),
-    (r"\{?\}?[_^]\{?(\w{1,3})\}?P_\{?(\w{1,3})\}?|(?<![\w\\^])(\d{1,3})P(\d{1,3})(?!\w)", lambda m: rf"\perm{{{m[1] or m[3]}}}{{{m[2] or m[4]}}}"),
+    (r"(?<![\w)}])(?:\{\})?[_^]\{?(\w{1,3})\}?C_\{?(\w{1,3})\}?|(?<![\w\\^])(\d{1,3})C(\d{1,3})(?!\w)", lambda m: rf"\binom{{{m[1] or m[3]}}}{{{m[2] or m[4]}}}"),
+    (r"(?<![\w)}])(?:\{\})?[_^]\{?(\w{1,3})\}?P_\{?(\w{1,3})\}?|(?<![\w\\^])(\d{1,3})P(\d{1,3})(?!\w)", lambda m: rf"\perm{{{m[1] or m[3]}}}{{{m[2] or m[4]}}}"),
     (r"^([\s(]*)([0-9A-Za-z]+)([\s)]*)(?:\\text\s*\{)?\s*\(?\s*(?:in )?base[\s-]+(\w+)\s*\)?\s*\}?$", r"\1\2\3_{\4}"),
     (r"_\s*\{?\s*\(?\s*(?:\\text\s*\{)?\s*base\s*\}?\s*(\w+)\s*\)?\s*\}{1,2}", r"_{\1}"),
     (r"\\text\s*\{\s*([0-9A-F]+)\s*\}\s*(?=_\s*\{?(?:\d|\\text))", r"\1"),
     (r"(?<=hours)(\}?)\s*,?\s*and\s+(?=\d)|(?<=hour)(\}?)\s*,?\s*and\s+(?=\d)", lambda m: (m[1] or m[2] or "") + " "),
     (r"(?<=\d)\s*(?:h|hrs?)\s*(\d+)\s*(?:m|mins?)(?![a-zA-Z])", r" \\text{hours} \1 \\text{minutes}"),
+    (r"(?<=\d)\s*(\\text\s*\{\s*)?hundred(?![a-zA-Z])", r" \\cdot 100 \1"),
+    (r"(?<=\d)\s*(\\text\s*\{\s*)?dozen(?![a-zA-Z])", r" \\cdot 12 \1"),
     (r"(?<=\d)\s*(\\text\s*\{\s*)?million(?![a-zA-Z])", r" \\cdot 10^6 \1"),
     (r"(?<=\d)\s*(\\text\s*\{\s*)?billion(?![a-zA-Z])", r" \\cdot 10^9 \1"),
     (r"(?<=\d)\s*(\\text\s*\{\s*)?thousand(?![a-zA-Z])", r" \\cdot 10^3 \1"),
@@ -125,7 +135,7 @@ _WORDS = _rules(  # for texts with a letter outside commands
 )  # fmt: skip
 
 _ANGLE = re.compile(
-    r"(\d+)\s*degrees\s*(\d+)\s*(?:'(?!')|\\prime|\\text\{\s*minutes\s*\}|\^\{?\\prime\}?)\s*(?:(\d+)\s*(?:''|\"))?"
+    r"(\d{1,9})\s*degrees\s*(\d{1,9})\s*(?:'(?!')|\\prime|\\text\{\s*minutes\s*\}|\^\{?\\prime\}?)\s*(?:(\d{1,9})\s*(?:''|\"))?"
 )
 _FEET = re.compile(r"^(\d+)\s*'\s*(\d+)\s*(?:''|\")$")
 _OUTWARD = re.compile(r"([\[\]])(\s*[^\[\](),;\s][^\[\](),;]*[,;]\s*[^\[\](),;\s][^\[\](),;]*)([\[\]])")
@@ -165,8 +175,8 @@ def clean(text: str) -> str:
         text = text.replace("\\\\", "\\")  # escaped twice on its way here
     text = _apply(_COMMAS, text)
     if "\\" in text:
-        text = _apply(_LATEX, text)
-    text = _apply(_SIGNS, text).strip()
+        text = " ".join(_apply(_LATEX, text).split())
+    text = " ".join(_apply(_SIGNS, text).split())
     text = text if text.endswith("..") else text.rstrip(".,;")
     if re.search(r"(?<!\\)(?<![a-zA-Z])[a-zA-Z]", text):
         text = _apply(_WORDS, text)

@@ -10,7 +10,7 @@ from rftt_lightning.answers.equal import Comparison, Prover
 from rftt_lightning.answers.extract import last_number
 from rftt_lightning.answers.node import Node, Unreadable
 from rftt_lightning.answers.parse import parse
-from rftt_lightning.answers.units import read_unit
+from rftt_lightning.answers.units import NAMES, read_unit
 from rftt_lightning.answers.words import choice, number, opposed, without_letter, words
 from rftt_lightning.core.contracts import Status, Verdict
 
@@ -44,9 +44,9 @@ def _decide(gold: str, answer: str, prover: Prover) -> Verdict:
         return Verdict(Status.WRONG, answer, gold, "text", plain)
     golds, answers = list(_readings(plain[0])), list(_readings(plain[1]))
     if any(g.op == "unit" or not g.symbols() for g in golds):
-        answers += _readings(_with_unit(plain[1]))
+        answers += _readings(_with_unit(plain[1], any(g.op == "unit" for g in golds)))
     if any(a.op == "unit" for a in answers):
-        golds += _readings(_with_unit(plain[0]))
+        golds += _readings(_with_unit(plain[0], glued=True))
     if re.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+", plain[0]):
         golds = golds[:1]  # a gold 1,234 is a number; an answer may still mean a list
     if not golds:
@@ -94,14 +94,16 @@ def _readings(text: str) -> Iterator[Node]:
             yield node
 
 
-def _with_unit(text: str) -> str:
-    """36 m^2 with its letters upright; nothing if it does not end in letters that are a unit."""
-    match = re.match(
-        r"((?:[^a-zA-Z\\]|\\[a-z]+)*\d[\s})]*) ?([a-zA-Z]{1,3}(?:[\s/*]*[a-zA-Z]{1,3}|\s*\^\s*\{?-?\d\}?)*)$", text
-    )
-    if not match or len(text) > 100 or (not match[1].endswith(" ") and match[2] in ("e", "i", "x", "y", "n")):
+def _with_unit(text: str, glued: bool) -> str:
+    """36 m^2 with its letters upright; nothing if it does not end in letters that are a unit. ``glued``: also 36m."""
+    match = _LETTERS_AT_END.match(text) if len(text) <= 100 else None
+    if not match or not (glued or match[2]) or re.search(r"(?<![\\a-zA-Z])[a-zA-Z]", match[1]):
         return ""
-    return rf"{match[1]}\text{{{match[2]}}}" if read_unit(match[2]) else ""
+    known = all(word in NAMES or word.lower() in NAMES for word in re.findall("[a-zA-Z]+", match[3]))
+    return rf"{match[1]}\text{{{match[3]}}}" if known and read_unit(match[3]) else ""
+
+
+_LETTERS_AT_END = re.compile(r"(.*[\d})])(\s*)([a-zA-Z][a-zA-Z /*^{}\d-]{0,24})$")
 
 
 def _squeeze(text: str) -> str:
@@ -111,8 +113,14 @@ def _squeeze(text: str) -> str:
 
 def _wordy(text: str) -> str:
     """The words of a text without formulas; nothing for others."""
-    bare = text.replace(r"\text", "")
-    return "" if re.search(r"[^\w\s{}.']|_|\d\.|\.\d", bare) else words(bare.replace("{", "").replace("}", ""))
+    bare = re.sub(r"\\text|[{}]", " ", text)
+    if re.search(r"[^\w\s.']|_|\d\.|\.\d|(?<![a-zA-Z])\w'", bare):
+        return ""
+    wordy = r"\text" in text or bare.strip().lower() in _SHORT_WORDS or re.search("[a-zA-Z]{3}", bare)
+    return words(bare) if wordy else ""
+
+
+_SHORT_WORDS = frozenset(["no", "ok", "up"])
 
 
 def _as_text(gold: str, answer: str, plain: tuple[str, str]) -> Verdict:

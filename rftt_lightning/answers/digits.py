@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 
 _BRACKET = re.compile(r"\s*(?:\\\{|[\[({])")
-_DECIMAL_COMMA = re.compile(r"^([-+\s]*(?:\d+(?=,\d\d)|0)),(\d+)(?![\d,.])(?!\s*[,;\d])")
+_DECIMAL_COMMA = re.compile(r"^([-+\s]*(?:\d+(?=,\d\d(?!\d(?!\d)))|0)),(\d+)(?![\d,.])(?!\s*[,;\d])")
 _GROUPED = re.compile(r"(?<![\d,.])[1-9](?:\d{0,2}(?:,\d{3})+|\d?(?:,\d\d)+,\d{3})(?![\d,])")
 _SPACED = re.compile(
     r"(?<![\d,.])\d{1,3}(?:(?: \d{3})+(?![\d,/])|(?:'\d{3})+(?!\d)|(?:\.\d{3}){2,}(?![\d.])|(?:_\d{3})+(?!\d))"

@@ -6,6 +6,7 @@ Order of means: identical normal forms; exact rationals; identities modulo a pri
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Protocol
@@ -67,7 +68,7 @@ class Prover(Protocol):
 class Unproven:
     """The prover of a process that must not be slow."""
 
-    steps = 2000
+    steps = 300
 
     def equal(self, left: Node, right: Node) -> bool | None:
         raise NeedsProof
@@ -211,7 +212,8 @@ class Comparison:
         clocks = clock(gold), clock(answer)
         if (gold.value or answer.value) and None not in clocks:
             return self._by("clock", same_time(gold, answer))
-        if len(gold.args) == 3 and len(answer.args) == 2 and None not in clocks:
+        timed = any(re.fullmatch(r"0\d", arg.value) for arg in (*gold.args[1:], *answer.args[1:]))
+        if None not in clocks and (timed or (len(gold.args) == 3 and len(answer.args) == 2)):
             return self._by("clock", same_time(gold, answer))
         if len(gold.args) != len(answer.args):
             return self._by("ratio", False)
@@ -242,22 +244,23 @@ class Comparison:
                 return len(sides[0]) == len(sides[1]) and self._same_members(*sides)
         values = [[value_of(n) for n in side] for side in sides]
         if (gold.op == "tuple") != (answer.op == "tuple") and max(map(len, values)) > 1:
-            return self._list_and_tuple(gold, answer, values)
+            return self._list_and_tuple(gold, answer)
         return self._same_members(*values)
 
-    def _list_and_tuple(self, gold: Node, answer: Node, values: list[list[Node]]) -> bool:
+    def _list_and_tuple(self, gold: Node, answer: Node) -> bool:
         """(2, 3) answers x = 2, y = 3 in that order; it is no set."""
-        listed = answer if gold.op == "tuple" else gold
+        listed, point = (answer, gold) if gold.op == "tuple" else (gold, answer)
         if listed.op != "list" or not all(named(n) for n in listed.args):
             return self._by("set or tuple", False)
-        if gold.op == "tuple":
-            return self._in_order(gold.args, values[1])
-        return self._in_order(values[0], answer.args)
+        ordered = [value_of(n) for n in sorted(listed.args, key=lambda n: str(n.args[0]))]
+        if not all(n.args[0].op == "sym" for n in listed.args):
+            ordered = [value_of(n) for n in listed.args]
+        return self._in_order(point.args, ordered) if point is gold else self._in_order(ordered, point.args)
 
     def _same_members(self, gold: Sequence[Node], answer: Sequence[Node]) -> bool:
         if len(gold) > 64 or len(answer) > 64:
             return self._by("list", False)
-        found = [[g == a or self.equal(g, a) for a in answer] for g in gold]
+        found = [[g == a or ((g.op == "set") == (a.op == "set") and self.equal(g, a)) for a in answer] for g in gold]
         covered = all(any(row) for row in found) and all(any(column) for column in zip(*found, strict=True))
         return self._by("list", covered and bool(gold) == bool(answer))
 
@@ -299,6 +302,8 @@ class Comparison:
 
     def _same_family(self, gold: Node, answer: Node) -> bool:
         """b + a k for all integers k: the steps agree up to sign, the offsets up to a multiple of the step."""
+        if gold.value and answer.value and gold.value != answer.value:
+            return self._by("family", False)
         if gold.op != answer.op or gold.args[1].op != "in" or answer.args[1].op != "in":
             return self._by("family", gold.op == answer.op) and self._in_order(gold.args, answer.args)
         left, right = (replaced(n.args[0], {str(n.args[1].args[0]): sym("k")}) for n in (gold, answer))
@@ -307,10 +312,8 @@ class Comparison:
         if self.equal(left, right):
             return True
         starts, steps = zip(*(progression(n, "k") for n in (left, right)), strict=True)
-        if gold.args[1].args[1] != INTEGERS or not all(
-            self.equal(replaced(n, {"k": num(2)}), Node("+", (b, a, a)))
-            for n, b, a in zip((left, right), starts, steps, strict=True)
-        ):
+        lines = [Node("+", (start, Node("*", (step, sym("k"))))) for start, step in zip(starts, steps, strict=True)]
+        if gold.args[1].args[1] != INTEGERS or not all(map(self.equal, (left, right), lines)):
             return self._by("family", False)
         if not self.equal(steps[0], steps[1]) and not self.equal(steps[0], Node("neg", (steps[1],))):
             return self._by("family", False)
@@ -352,16 +355,11 @@ class Comparison:
         sides = [last_meaning(node) for node in (gold, answer)]
         if all(named(n) and is_functional(n) for n in sides):
             left, right = (n.args[0] for n in sides)
-            same = str(left) == str(right) or {left.op, right.op} == {"sym", "call"}
-            same = same or (
-                left.op == right.op == "call" and len(left.args) == len(right.args) and left.value == right.value
-            )
-            if same and self.equal(value_of(sides[0]), value_of(sides[1])):
+            if _same_name(left, right) and self.equal(value_of(sides[0]), _in_arguments_of(left, sides[1])):
                 return True
-            if left.op == "sym" and right.op == "sym" and not (_free(sides[0]) | _free(sides[1])):
-                return self._by(
-                    "assignment", str(left) == str(right) and self.equal(value_of(sides[0]), value_of(sides[1]))
-                )
+            if not any(n.args[1].symbols() for n in sides):
+                same = _same_name(left, right) and self.equal(value_of(sides[0]), value_of(sides[1]))
+                return self._by("assignment", same)
         if all(n.op == EQUATION for n in sides):
             return self._same_equation(*sides)
         equation, other = sides if sides[0].op == EQUATION else sides[::-1]
@@ -409,7 +407,11 @@ class Comparison:
     def _same_inequality(self, gold: Node, answer: Node) -> bool:
         if any(n.op in ORDERED for side in (gold, answer) for n in side.args):
             return self._by("chain", gold.op == answer.op) and self._in_order(gold.args, answer.args)
-        sign = self._proportional(_difference(gold), _difference(answer))
+        try:
+            sign = proportional_polynomials(_difference(gold), _difference(answer))
+        except Undecided:  # a factor of unknown sign may be hidden: both sides must be equal
+            turned = answer if answer.op == gold.op else Node(FLIPPED[answer.op], answer.args[::-1])
+            return self._by("inequality", gold.op == turned.op) and self._in_order(gold.args, turned.args)
         expected = {1: gold.op, -1: FLIPPED[gold.op]}.get(sign) if isinstance(sign, int) else None
         return self._by("inequality", expected == answer.op)
 
@@ -421,6 +423,28 @@ _PLAIN = frozenset(["num", "sym", "call", "+", "*", "/", "^", "neg", "root", "!"
 
 def _free(node: Node) -> frozenset[str]:
     return node.args[1].symbols()
+
+
+def _same_name(left: Node, right: Node) -> bool:
+    """x and x; y and f(x); f(x) and f(t), but not P(A) and P(B)."""
+    if left.op == right.op == "call":
+        pairs = list(zip(left.args, right.args, strict=False))
+        free = all(a == b or (a.op == b.op == "sym" and (a.value + b.value).islower()) for a, b in pairs)
+        return left.value == right.value and len(left.args) == len(right.args) and free
+    if {left.op, right.op} == {"sym", "call"}:
+        name, call = (left, right) if left.op == "sym" else (right, left)
+        return name not in call.args
+    return left == right
+
+
+def _in_arguments_of(name: Node, equation: Node) -> Node:
+    """The value of f(t) = … with the arguments of f(x)."""
+    other = equation.args[0]
+    if name.op != "call" or other.op != "call" or name.args == other.args:
+        return value_of(equation)
+    pairs = [(a.value, b.value) for a, b in zip(name.args, other.args, strict=True)]
+    swapped = {b: sym(a) for a, b in pairs} | {a: sym(b) for a, b in pairs if a not in {b for _, b in pairs}}
+    return replaced(value_of(equation), swapped)
 
 
 def _flat(node: Node) -> list[Node]:

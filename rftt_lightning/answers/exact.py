@@ -16,8 +16,34 @@ from rftt_lightning.answers.node import Node, replaced
 
 MAX_BITS = 12_000
 """Largest numerator or denominator, in bits (some 3,600 decimal digits)."""
-PRIME = 2**255 - 19
-_ROOT_OF_MINUS_ONE = pow(2, (PRIME - 1) // 4, PRIME)
+
+
+def _is_prime(number: int) -> bool:
+    """Miller-Rabin with 24 random bases: wrong with probability below 2^-48."""
+    odd, twos = number - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    for base in [random.SystemRandom().randrange(2, 1 << 64) for _ in range(24)]:
+        power = pow(base, odd, number)
+        if power in (1, number - 1):
+            continue
+        if not any((power := power * power % number) == number - 1 for _ in range(twos - 1)):
+            return False
+    return True
+
+
+def _random_prime() -> int:
+    """Of 255 bits, 1 modulo 4 (so that -1 has a root). Each process has its own: a known one could be written into an answer."""
+    draw = random.SystemRandom()
+    while not _is_prime(number := (draw.getrandbits(255) | 1 << 254) & ~2 | 1):
+        pass
+    return number
+
+
+PRIME = _random_prime()
+_ROOT_OF_MINUS_ONE = next(
+    root for base in range(2, 1000) if (root := pow(base, (PRIME - 1) // 4, PRIME)) ** 2 % PRIME == PRIME - 1
+)
 
 
 class Undecided(ArithmeticError):
@@ -52,6 +78,8 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
         if base < 0:
             raise Undecided("a fractional power of a negative number")
         return _power(_root(base, Fraction(exponent.denominator)), Fraction(exponent.numerator))
+    if base == exponent == 0:
+        raise Undecided("0^0")
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
     if abs(exponent) * max(bits - 1, 0) > MAX_BITS or (bits > 1 and abs(exponent) > MAX_BITS):
         raise Undecided("too large")
@@ -169,6 +197,8 @@ def _residue(node: Node, point: Mapping[str, int]) -> int:
         if exponent.denominator != 1 or abs(exponent) > 10**6:
             raise Undecided("exponent")
         base = _residue(node.args[0], point)
+        if base == 0 and exponent <= 0:
+            raise Undecided("0^0")
         return pow(base if exponent >= 0 else _inverse(base), abs(int(exponent)), PRIME)
     value = rational(node)
     return value.numerator * _inverse(value.denominator) % PRIME

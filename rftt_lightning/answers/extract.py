@@ -26,7 +26,7 @@ _ABOUT = re.compile(
     r"\s*\$?-?\d[\d.,]*\$?(?: \w+)?\)?\.?$"
 )
 CHANGES_MEANING = re.compile(
-    r"\b(?:not|no|never|up to|twice|double|triple|half|except|less|more|fewer|greater|most|least|over|under|below|above|between|than|minus|negative)\b",
+    r"\b(?:not|no|never|up to|twice|double|triple|half|except|less|more|fewer|greater|most|least|over|under|below|above|between|than|minus|negative|neg|divided|root|log|factorial|squared|cubed|cannot|tenths?|hundredths?|thousandths?)\b",
     re.IGNORECASE,
 )
 _WORD = re.compile(r"[a-zA-Z]+")

@@ -51,6 +51,7 @@ _CONNECTIVES = ("and", "or")
 _SHORT = 3
 """Letters of an unknown run that are read as a product; longer runs are words."""
 
+_STRUCTURE = re.compile(r"(?P<open>\\\{|\\begin|[({\[])|(?P<close>\\\}|\\end|[)}\]])|(?P<bar>\\mid|\\vert|[|:])|\\.")
 _LABEL = re.compile(r"\b(?:answer|result|solutions?|value|total|area|volume|length|sum|probability)\W*$", re.IGNORECASE)
 _LEX = re.compile(
     r"\s*(?:(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,6}(?![\d.a-zA-Z]))?)|(?P<cmd>\\[a-zA-Z]+|\\[^a-zA-Z])"
@@ -332,6 +333,8 @@ class _Parser:
         if any(word in _PERCENT for word in words.lower().split()):
             return Node("percent", (node,))
         unit = read_unit(words)
+        if CHANGES_MEANING.search(words):
+            raise Unreadable(f"words that bear on the value: {words!r}")
         if not unit:
             self.notes.append(words)
             if self._starts_factor():
@@ -374,7 +377,9 @@ class _Parser:
                 node = Node("percent", (node,))
             elif self.kind == "op" and self.token == "_":
                 node = self._subscript(node)
-            elif self.accept("'", r"\prime") and node.op == "sym":
+            elif self.accept("'", r"\prime"):
+                if node.op != "sym":
+                    raise Unreadable("a dash after no name")
                 node = sym(node.value + "'")
             else:
                 return node
@@ -413,11 +418,13 @@ class _Parser:
 
     def argument(self) -> Node:
         """What follows ^ or a command: a group in braces, a signed number, or one factor."""
-        if self.accept("-"):
-            return Node("neg", (self.argument(),))
-        if self.accept("+"):
-            return self.argument()
-        return self.nested(self.atom)
+        negative, signs = False, 0
+        while self.kind == "op" and self.token in ("-", "+"):
+            negative, signs = negative ^ (self.advance() == "-"), signs + 1
+            if signs > MAX_DEPTH:
+                raise Unreadable("too many signs")
+        node = self.nested(self.atom)
+        return Node("neg", (node,)) if negative else node
 
     def digit(self) -> Node:
         r"""An argument of ``\frac``: a group, or ONE digit or letter (``\frac12`` is a half)."""
@@ -502,15 +509,13 @@ class _Parser:
 
     def _builder(self) -> Node | None:
         """{x | x > 2} is its condition, {2k | k in Z} a family; None if this is another set."""
+        if not self._has_condition():
+            return None
         before = (self.start, self.end, self.kind, self.token)
         self.bars, self.in_head = 1, True
-        try:
-            head = self.relation()
-            found = self.accept(r"\mid", "|", ":", r"\vert")
-        except Unreadable:
-            found = False
+        head = self.relation()
         self.bars, self.in_head = 0, False
-        if not found:
+        if head.op == "num" or not self.accept(r"\mid", "|", ":", r"\vert"):  # a set of ratios, say
             self.start, self.end, self.kind, self.token = before
             return None
         condition = self.alternatives()
@@ -519,6 +524,17 @@ class _Parser:
             return Node("list", (head, condition), "and")
         name = head.args[0] if head.op == "in" else head
         return condition if name.op == "sym" and condition.op != "=" else Node("where", (name, condition))
+
+    def _has_condition(self) -> bool:
+        r"""Is there a bar or colon in this set that is in no inner bracket?"""
+        depth = 0
+        for match in _STRUCTURE.finditer(self.text, self.start):
+            depth += (match["open"] is not None) - (match["close"] is not None)
+            if depth < 0:
+                return False
+            if match["bar"] and not depth:
+                return True
+        return False
 
     def command(self) -> Node:
         name = self.advance()[1:]
@@ -648,7 +664,10 @@ class _Parser:
 
     def conjugate(self) -> Node:
         r"""``\overline{3+4i}``; over letters it names a segment."""
-        return _conjugated(self.argument())
+        node = self.argument()
+        if node.symbols() and not all(name.isupper() for name in node.symbols()):
+            return Node("call", (node,), "conjugate")
+        return _conjugated(node)
 
     def boxed(self) -> Node:
         return self.argument()
@@ -758,7 +777,7 @@ _CLOSERS = frozenset(
     ]
     + [r"\ast", r"\%", r"\choose", r"\prime", r"\AM", r"\PM"]
 )
-_STRUCTURAL = frozenset(["end", "over", "right", "left", "choose", "hline", "cline", "multicolumn"])
+_STRUCTURAL = frozenset(["circ", "end", "over", "right", "left", "choose", "hline", "cline", "multicolumn"])
 _COMMANDS: dict[str, Callable[[_Parser], Node]] = {
     "frac": _Parser.frac,
     "sqrt": _Parser.sqrt,

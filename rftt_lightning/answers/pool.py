@@ -122,8 +122,9 @@ class Worker:
 
     def replace_judge(self) -> None:
         """Kill the fork that judges; the guardian forks another in a few milliseconds."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.judge, signal.SIGKILL)
+        if self.judge:  # 0 would be our own process group
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.judge, signal.SIGKILL)
         self.judge, self._buffer = 0, b""
         self.wait_until_up()
 
@@ -148,6 +149,7 @@ class Pool:
         self.module = module
         self.size = size or max(2, os.cpu_count() or 1)
         self._idle: list[Worker] = []
+        self._lent: list[Worker] = []
         self._lock = threading.Lock()
         self._free = threading.Semaphore(self.size)
         self._warming = False
@@ -167,22 +169,27 @@ class Pool:
             with self._lock:
                 worker = self._idle.pop() if self._idle else None
             worker = worker or Worker(self.module)
+            self._lent.append(worker)
             try:
                 yield worker
             except BaseException:
                 worker.kill()
                 raise
+            finally:
+                self._lent.remove(worker)
             with self._lock:
                 self._idle.append(worker)
 
-    def judge(self, pairs: Iterator[P], seconds: float) -> Iterator[tuple[P, list[Any] | TimedOut]]:
+    def judge(
+        self, pairs: Iterator[P], seconds: float, stop: threading.Event | None = None
+    ) -> Iterator[tuple[P, list[Any] | TimedOut]]:
         """Pairs with their verdicts, from one worker; one without verdict has the :class:`TimedOut` that says why.
 
-        ``pairs`` may be shared with other threads: a chunk is taken when the last is done.
+        ``pairs`` may be shared with other threads: a chunk is taken when the last is done. ``stop`` ends it after a pair.
         """
         with self.worker() as worker:
             while chunk := list(itertools.islice(pairs, CHUNK)):
-                while chunk:
+                while chunk and not (stop and stop.is_set()):
                     done = 0
                     try:
                         for reply in worker.ask(chunk, seconds):
@@ -211,7 +218,7 @@ class Pool:
 
     def forget(self) -> None:
         """In a forked child: the parent's workers are not ours to use or kill."""
-        for worker in self._idle:
+        for worker in (*self._idle, *self._lent):
             worker.forget()
             worker.process.returncode = 0  # not our child: spare Popen's warning
         self.__init__(self.size, self.module)  # type: ignore[misc]

@@ -56,6 +56,10 @@ def build(tree: Node, positive: bool) -> Any:
     if op == "call" and value in ("max", "min") and len(args) == 2 and any(arg.free_symbols for arg in args):
         sign = 1 if value == "max" else -1
         return (args[0] + args[1] + sign * sf.Abs(args[0] - args[1])) / 2
+    if op == "call" and value in ("gcd", "lcm") and not all(arg.is_Integer for arg in args):
+        raise Unsupported(value)  # sympy would take letters for polynomials
+    if op == "^" and args[0] == args[1] == 0:
+        return sympy.nan
     if op == "ceil":
         return -sf.floor(-args[0])
     if op == "call" and value in _CALLS:
@@ -88,7 +92,7 @@ def equal(left: Node, right: Node) -> bool | None:
         return False
     if _differ_numerically(difference):
         return False
-    if (a.free_symbols or b.free_symbols) and _differ_at_real_points(left, right):
+    if left.symbols() | right.symbols() and _differ_at_real_points(left, right):
         return False
     return True if difference == 0 or _is_zero(difference) else None
 
@@ -132,6 +136,8 @@ def _differ_at_points(a: Any, b: Any) -> bool:
         draw = random.Random(100 + seed)
         point = {name: sympy.Rational(draw.choice((-1, 1)) * draw.randrange(1, 4000), 1009) for name in names}
         values = [side.subs(point).evalf(DIGITS, maxn=400) for side in (a, b)]
+        if any(v.has(sympy.zoo, sympy.nan) for v in values) and not all(v.has(sympy.zoo, sympy.nan) for v in values):
+            return True  # one has no value here
         if (
             all(value.is_Float or value.is_Rational for value in values)
             and abs(values[0] - values[1]) > sympy.Float(10) ** -25

@@ -127,7 +127,7 @@ def _inequality(node: Node) -> Region | None:
         op = FLIPPED[op]
     above, below = _piece(end, _PLUS, op == ">=", False), _piece(_MINUS, end, False, op == "<=")
     parts = (above, below) if op == "!=" else (above if op[0] == ">" else below,)
-    return Region("or", parts, names=(left.symbols() | right.symbols()))
+    return Region("or", parts, names=frozenset([str(left)]) if left.op == "call" else left.symbols() | right.symbols())
 
 
 def _all_of(read: Sequence[Region | None], op: str = "and") -> Region | None:

@@ -105,17 +105,21 @@ def family(node: Node) -> Node:
     if node.op != "list" or len(conditions) != 1:
         return node
     (condition,) = conditions
-    others = tuple(value_of(n) for n in node.args if n is not condition)
+    others = tuple(n for n in node.args if n is not condition)
     if not others or not all(condition.args[0].symbols() <= n.symbols() for n in others):
         return node
-    where = tuple(Node("where", (value, condition)) for n in others for value in members(n))
+    where = tuple(_where(member, condition) for n in others for member in members(n))
     return where[0] if len(where) == 1 else Node("list", where)
 
 
+def _where(node: Node, condition: Node) -> Node:
+    """A member of a family, with the name that it may have as the value of the tree."""
+    name = str(node.args[0]) if named(node) and node.args[0].op == "sym" else ""
+    return Node("where", (value_of(node), condition), name)
+
+
 def with_parameter(node: Node, name: Node, domain: Node) -> Node:
-    where = tuple(
-        Node("where", (value_of(n), Node("in", (name, domain)))) for item in items(node) for n in members(item)
-    )
+    where = tuple(_where(n, Node("in", (name, domain))) for item in items(node) for n in members(item))
     return where[0] if len(where) == 1 else Node("list", where)
 
 

@@ -41,12 +41,19 @@ def words(text: str) -> str:
 def number(text: str) -> str | None:
     """A number in words as digits: ``twenty-one`` 21, ``third`` 3, ``two thirds`` \\frac{2}{3}, ``noon``; None for other words."""
     found = re.sub(r"\\text|[{}.]", " ", text.lower()).replace("-", " ").split()
-    found = [word for word in found if word != "and"]
     if not 1 <= len(found) <= 12:
         return None
     if found in (["noon"], ["midnight"]):
         return r"12:00\PM" if found == ["noon"] else r"12:00\AM"
-    if len(found) >= 2 and found[-1] in _PARTS and (top := _cardinal(found[:-1])) is not None:
+    if found[-1] in ("percent", "dollars", "cents", "degrees"):
+        inner = number(" ".join(found[:-1])) if len(found) > 1 else None
+        return inner and f"{inner} {found[-1]}"
+    if found[-1] in _PARTS and "and" in found:  # two and one third
+        place = found.index("and")
+        whole, part = _cardinal(found[:place]), _cardinal(found[place + 1 : -1])
+        return None if whole is None or part is None else rf"{whole}\frac{{{part}}}{{{_PARTS[found[-1]]}}}"
+    top = 1 if found in (["half"], ["a", "half"]) else _cardinal(found[:-1])
+    if found[-1] in _PARTS and top is not None:
         return rf"\frac{{{top}}}{{{_PARTS[found[-1]]}}}"
     last = _ORDINALS.get(found[-1]) or re.sub(r"ieth$", "y", found[-1]).removesuffix("th")
     value = _cardinal([*found[:-1], last])
@@ -54,17 +61,23 @@ def number(text: str) -> str | None:
 
 
 def _cardinal(found: list[str]) -> int | None:
-    total, group = 0, 0
-    for place, word in enumerate(found):
-        if word in _VALUES:
-            group += _VALUES[word]
-        elif word in _SCALES and (place or word == "dozen"):
-            group = max(group, 1) * _SCALES[word]
+    """two hundred and five: 205. A unit comes first, or after tens or a scale; None for what is no number."""
+    total, group, last = 0, 0, "start"
+    for word in found:
+        value = _VALUES.get(word)
+        if word == "and" and last == "scale":
+            continue
+        if value is not None and (last in ("start", "scale") or (last == "tens" and 0 < value < 10)):
+            group, last = group + value, "tens" if word in _TENS else "unit"
+        elif word in _SCALES and (
+            last in ("tens", "unit") or word == "dozen" or (word == "hundred" and last == "start")
+        ):
+            group, last = max(group, 1) * _SCALES[word], "scale"
             if _SCALES[word] >= 1000:
                 total, group = total + group, 0
         else:
             return None
-    return total + group
+    return None if last == "start" else total + group
 
 
 _LETTERED = re.compile(r"(?:\\text\s*\{)?\s*\(([A-J])\)\s*\}?\s*(?=[\w$\\-])(?!\\c[au]p)(.+)")

@@ -65,8 +65,11 @@ def serve(judge: Judge, memory: int, cause: str) -> None:
 
 
 def _send(message: Any) -> None:
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(json.dumps(message) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody listens: the guardian, too, shall leave
+        os._exit(0)
 
 
 def guard(judge: Judge, fault: str, memory: int = MEMORY) -> int:

@@ -185,7 +185,9 @@ def test_even_past_the_guards_a_worker_is_bounded(text, monkeypatch):
 def test_time_out_is_a_verdict_of_its_own(monkeypatch):
     gold, response = r"\sqrt{3}+\ln 7", r"\boxed{\ln 7 - \sqrt{5}}"
     with monkeypatch.context() as patch:
-        patch.setattr(POOL, "judge", lambda questions, seconds: [(q, TimedOut("wall clock")) for q in questions])
+        patch.setattr(
+            POOL, "judge", lambda questions, seconds, stop=None: [(q, TimedOut("wall clock")) for q in questions]
+        )
         assert verify(gold, response).status is Status.TIMED_OUT
         assert [v.status for v in verify_many([(gold, response)] * 2)] == [Status.TIMED_OUT] * 2
     assert verify(gold, response).status is Status.WRONG  # the time-out was not remembered
@@ -211,8 +213,8 @@ def test_equal_questions_are_decided_once(monkeypatch):
     asked = []
     judge = POOL.judge
 
-    def count(questions, seconds):
-        for question, reply in judge(questions, seconds):
+    def count(questions, seconds, stop=None):
+        for question, reply in judge(questions, seconds, stop):
             asked.append(question)
             yield question, reply
 
