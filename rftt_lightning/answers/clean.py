@@ -84,6 +84,7 @@ _LATEX = _rules(  # for texts with a backslash; in this order
     (r"\\text\s*\{\s*(?:all |the )*real(?: number)?s\s*\}", r"\\mathbb{R}"),
     (r"\\text\s*\{([\s(A-J),and]{1,80})\}", lambda m: _letters(m)),
     (r"\\text\s*\{\s*([-+]?\d[\d.,/]*\s*\\?%?)\s*\}", r"\1"),
+    (r"^\\text\s*\{\s*([a-zA-Z])\s*\}$", r"\1"),
     (r"\\text\s*\{\s*\(\s*mod\s*\}", r"(\\mod "),
     (r"^\\text\s*\{([^{}]*\d[^{}]*)\}$", r"\1"),
     (r"\\(?:lbrace)(?![a-zA-Z])", r"\\{"),

@@ -21,6 +21,7 @@ _MARK = re.compile(
 )
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$([^$]+?)(?<!\\)\$", re.DOTALL)
 _NUMBER = re.compile(r"[-−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:[.,]\d+)?(?:\s*/\s*\d+)?\s*%?|[-−]?\.\d+")
+_LISTED = re.compile(r"-?[\d./]+(?:\s*(?:,\s*(?:and|or)\b|,|and\b|or\b)\s*-?\d[\d./]*)+")
 _ABOUT = re.compile(
     r"(?:,\s*(?:\(|which is |that is,? |or )*|\s+(?:\(|which is |that is |or )+)(?:about|approximately|approx\.?|roughly|\\approx|≈)"
     r"\s*\$?-?\d[\d.,]*\$?(?: \w+)?\)?\.?$"
@@ -149,6 +150,9 @@ def _stated(rest: str) -> str:
     sentence = re.split(r"\n|(?<=[^\s.])[.!](?:\s|$)|,? (?:not|since|because|as|which)\b", rest, maxsplit=1)[0].strip(
         " *"
     )
+    listed = _LISTED.match(sentence)
+    if listed:
+        return listed[0]
     if len(sentence.split()) <= 4 and not _MATH.search(sentence):
         return sentence
     return _last_statement(sentence) or sentence
@@ -162,30 +166,67 @@ def _last_statement(text: str) -> str | None:
         return None
     if not _is_prose(text):
         return text
-    formulas = [next(filter(None, match.groups())) for match in _MATH.finditer(text)]
-    if formulas and not re.search(r"\d", _MATH.sub("", lines[-1])):
-        return formulas[-1].strip()
+    if _MATH.search(text) and not re.search(r"\d", _MATH.sub("", lines[-1])):
+        return _last_formulas(text)
     if not re.search(r"[.!?:;)\]}$*\d]\W*$", lines[-1]):  # it broke off: only its last sentence may state something
         lines = [re.split(r"(?<=[^\d\W]|\d)\.\s", lines[-1])[-1]]
     for line in reversed(lines):
         line = _ASIDE.sub("", line)  # 7 (3 cats and 4 dogs)
-        formulas = [next(filter(None, match.groups())) for match in _MATH.finditer(line)]
+        formulas = [*_MATH.finditer(line)]
         numbers = [m for m in _NUMBER.finditer(line) if not (m.start() and (line[m.start() - 1].isalnum()))]
-        if _HEDGE.search(line) and len({m[0] for m in numbers} | {*formulas}) > 1:
+        if _HEDGE.search(line) and len({m[0] for m in (*numbers, *formulas)}) > 1:
             return None
-        if formulas and (not numbers or line.rindex(formulas[-1]) >= numbers[-1].start() - len(formulas[-1])):
-            return formulas[-1].strip()
+        if formulas and (not numbers or formulas[-1].end() >= numbers[-1].end()):
+            return _last_formulas(line)
         if numbers:
-            return numbers[-1][0].strip()
+            return _trailing_formula(line) or last_number(line)
     return lines[-1] if len(lines[-1].split()) <= 4 else None
 
 
-def last_number(text: str) -> str | None:
-    """The last number of a text, as written; None if the words before it bear on its value (at least, not)."""
-    found = [*_NUMBER.finditer(text[-4000:])]
-    if not found or CHANGES_MEANING.search(" ".join(_WORD.findall(text[-4000:][: found[-1].start()])[-2:])):
+def _last_formulas(text: str) -> str:
+    """The last formula, with those before it that "and", "or" or a comma links to it."""
+    found = [*_MATH.finditer(text)]
+    joint = [found[-1]]
+    for before in reversed(found[:-1]):
+        if not re.fullmatch(r"\s*(?:,|,?\s*and|,?\s*or)\s*", text[before.end() : joint[0].start()]):
+            break
+        joint.insert(0, before)
+    return " , ".join(next(filter(None, match.groups())).strip() for match in joint)
+
+
+def _trailing_formula(line: str) -> str | None:
+    """What stands behind the last word of a line, if it is more than a number: (3, 5), x < 5, 6 * 7 = 42; None else."""
+    tokens = line.rstrip(" .!?*").split()
+    count = next((k for k, token in enumerate(reversed(tokens)) if _word_in(token)), len(tokens))
+    run = tokens[len(tokens) - count :]
+    while run and re.fullmatch(r"[a-zA-Z]|\W", run[0]) and not (len(run) > 1 and re.match(r"[=<>≤≥(^]", run[1])):
+        run = run[1:]  # the article a, a dash
+    formula = " ".join(run)
+    before = " ".join(_WORD.findall(line[: line.rindex(run[0])])[-2:]) if run else ""
+    if not re.search(r"\d", formula) or CHANGES_MEANING.search(before):
         return None
-    return found[-1][0].strip()
+    return formula if len(run) > 1 or re.search(r"[=<>≤≥√^*×(+]", formula) else None
+
+
+def _word_in(token: str) -> bool:
+    return any(len(word) > 1 and word not in _FUNCTIONS for word in re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]+", token))
+
+
+_FUNCTIONS = frozenset("sqrt pi sin cos tan log ln mod cis inf".split())
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text, as written (minus 3 as -3); None if words or signs beside it bear on its value (at least, not)."""
+    text = text[-4000:]
+    found = [*_NUMBER.finditer(text)]
+    if not found:
+        return None
+    number, before, after = found[-1][0].strip(), text[: found[-1].start()], text[found[-1].end() :]
+    words = _WORD.findall(before)[-2:]
+    if words and words[-1].lower() in ("minus", "negative") and number[0].isdigit():
+        number, words = "-" + number, []
+    beside = CHANGES_MEANING.search(" ".join([*words, "|", *_WORD.findall(after)[:3]]))
+    return None if beside or re.search(r"[√×^<>≤≥*/_]\s*$", before) or re.match(r"\s*[√×^*/_']", after) else number
 
 
 def _is_prose(text: str) -> bool:
@@ -193,6 +234,8 @@ def _is_prose(text: str) -> bool:
     if len(text) > 3000 or _PROSE.match(text):
         return True
     plain = re.sub(r"\\(?:text|mbox|textbf|mathrm|textrm)\s*\{[^{}]*\}|\\[a-zA-Z]+", " ", text)
+    if re.search(r"\b(?:is|are|equals|be|was|were|get|gives?)\b", plain):
+        return True
     words = re.findall(r"[^\W\d_]{2,}", plain)
     outside = re.findall(r"[^\W\d_]{2,}", _MATH.sub(" ", plain))
     return len(words) >= 4 and len(outside) >= 3 or bool(len(outside) >= 1 and _MATH.search(text))

@@ -330,11 +330,11 @@ class _Parser:
         if self.kind == "op" and self.token == "^" and read_unit(words):
             self.advance()
             words += f"^{self._exponent()}"
+        if CHANGES_MEANING.search(words):
+            raise Unreadable(f"words that bear on the value: {words!r}")
         if any(word in _PERCENT for word in words.lower().split()):
             return Node("percent", (node,))
         unit = read_unit(words)
-        if CHANGES_MEANING.search(words):
-            raise Unreadable(f"words that bear on the value: {words!r}")
         if not unit:
             self.notes.append(words)
             if self._starts_factor():
@@ -787,6 +787,7 @@ _COMMANDS: dict[str, Callable[[_Parser], Node]] = {
     "begin": _Parser.environment,
     "mathbb": _Parser.blackboard,
     "boxed": _Parser.boxed,
+    "fbox": _Parser.boxed,
     "pmatrix": _Parser.plain_matrix,
     "bmatrix": _Parser.plain_matrix,
     "matrix": _Parser.plain_matrix,

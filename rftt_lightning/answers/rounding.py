@@ -17,7 +17,7 @@ value with a finite decimal the relative error must be below this, too (with one
 def decimal(node: Node) -> str:
     """The text of a decimal number, 0.25 or -0.25; empty for others."""
     if node.op == "neg" and (inner := decimal(node.args[0])):
-        return "-" + inner
+        return inner[1:] if inner[0] == "-" else "-" + inner
     return node.value if node.op == "num" and "." in node.value and "/" not in node.value else ""
 
 

@@ -43,6 +43,8 @@ def number(text: str) -> str | None:
     found = re.sub(r"\\text|[{}.]", " ", text.lower()).replace("-", " ").split()
     if not 1 <= len(found) <= 12:
         return None
+    if found[0] == "a" and found[1:2] and found[1] in _SCALES:
+        found = found[1:]
     if found in (["noon"], ["midnight"]):
         return r"12:00\PM" if found == ["noon"] else r"12:00\AM"
     if found[-1] in ("percent", "dollars", "cents", "degrees"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -42,20 +43,40 @@ def main(args: list[str]) -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes at work at the same time")
     parser.add_argument("--second", type=str | None, help="also ask another checker: math_verify")
     parser.add_argument("--disagreements", type=str | None, help="where to write the lines on which the second differs")
+    args, pair = _explained(args)
     options = parser.parse_args(args)
-    if options.workers < 1:
+    pair = pair or (options.explain and tuple(options.explain))
+    if not isinstance(options.workers, int) or options.workers < 1:
         raise UserError(f"workers is {options.workers}; it must be at least 1")
     if options.disagreements and not options.second:
         raise UserError("disagreements with whom? give --second math_verify, too")
-    if options.explain:
-        gold, response = options.explain
-        print(explain(verify(gold, response, kind=options.kind)))
+    if (
+        options.output
+        and options.disagreements
+        and Path(options.output).absolute() == Path(options.disagreements).absolute()
+    ):
+        raise UserError("output and disagreements are one file; give two")
+    if pair:
+        if options.get("file") or options.output or options.second:
+            raise UserError("--explain judges one pair; leave out the file, --output and --second")
+        print(explain(verify(*pair, kind=options.kind)))
         return 0
     if not options.get("file"):
         raise UserError("nothing to check; give a JSONL file, or --explain GOLD RESPONSE")
     return check_file(
         options.file, options.output, options.kind, options.workers, options.second, options.disagreements
     )
+
+
+def _explained(args: list[str]) -> tuple[list[str], tuple[str, str] | None]:
+    """The two texts after ``--explain``, and the other arguments: a parser would take -1/2 for an option."""
+    if "--explain" not in args:
+        return args, None
+    place = args.index("--explain")
+    texts = args[place + 1 : place + 3]
+    if len(texts) < 2:
+        raise UserError("--explain needs two texts: the gold answer and the response")
+    return args[:place] + args[place + 3 :], (texts[0], texts[1])
 
 
 def explain(verdict: Verdict) -> str:
@@ -118,7 +139,7 @@ def _pairs(path: str) -> Iterator[tuple[dict[str, Any], tuple[str, str | None]]]
 
 
 def _text(value: Any, name: str, place: str) -> str | None:
-    if isinstance(value, dict | list | bool):
+    if isinstance(value, dict | list | bool) or (isinstance(value, float) and not math.isfinite(value)):
         raise UserError(f"{place}: {name} is {value!r:.60}; give text or a number")
     return None if value is None else str(value)
 

@@ -296,7 +296,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, Row]]:
                     place = f"{path}, line {number}"
                     yield _object(_parse(line, place), place)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give the path of a JSONL file") from error
+        why = error.strerror or error
+        raise UserError(f"cannot read {path}: {why}; give the path of a JSONL file (no pipe)") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason}; give a JSONL file") from error
 
@@ -310,7 +311,7 @@ def _object(row: Any, place: str) -> tuple[str, Row]:
 def _parse(content: str, place: str) -> Any:
     try:
         return json.loads(content)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of over 4,300 digits
         raise UserError(
             f"{place}: not JSON ({error}); mend or remove it (a file holds one object a line, or one array of objects)"
         ) from error

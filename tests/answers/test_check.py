@@ -50,3 +50,62 @@ def test_nothing_to_do_and_unwritable(tmp_path):
     source.write_text(json.dumps(ROWS[0]))
     with pytest.raises(UserError, match="cannot write"):
         main([str(source), "--output", str(source / "x" / "out.jsonl")])
+
+
+def test_texts_may_begin_with_a_minus(capsys):
+    assert main(["--explain", r"-\frac12", "-0.5"]) == 0
+    assert "right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--explain", "1"], "two texts"),
+        (["a.jsonl", "--explain", "1", "1"], "leave out the file"),
+        (["a.jsonl", "--disagreements", "d.jsonl"], "--second"),
+        (["a.jsonl", "--second", "math_verify", "--output", "o", "--disagreements", "o"], "one file"),
+        (["a.jsonl", "--workers", "0"], "workers"),
+    ],
+)
+def test_wrong_usages(args, message):
+    with pytest.raises(UserError, match=message):
+        main(args)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"gold": [1], "response": "1"}', "gold is"),
+        ('{"gold": "1", "response": NaN}', "response is"),
+        ('{"gold": ' + "1" * 5000 + ', "response": "1"}', "not JSON"),
+    ],
+)
+def test_values_that_are_no_answers(row, message, tmp_path):
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text('{"gold": "1", "response": "1"}\n' + row)
+    output.write_text("older")
+    with pytest.raises(UserError, match=f"line 2: {message}"):
+        main([str(path), "--output", str(output)])
+    assert output.read_text() == "older"
+    assert sorted(tmp_path.iterdir()) == [path, output]
+
+
+def test_surrogates_are_written_and_read_back(tmp_path):
+    path, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text(json.dumps({"gold": "½", "response": "\ud800 0.5"}))
+    assert main([str(path), "--output", str(output)]) == 0
+    assert json.loads(output.read_text())["response"] == "\ud800 0.5"
+
+
+def test_second_opinion(tmp_path, capsys):
+    pytest.importorskip("math_verify")
+    path, output, differ = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "differ.jsonl"))
+    rows = [{"gold": "1/2", "response": "0.5"}, {"gold": "2 \\text{ hours}", "response": "120 \\text{ minutes}"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main([str(path), "--output", str(output), "--second", "math_verify", "--disagreements", str(differ)]) == 0
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(line["verdict"], line["math_verify"]) for line in lines] == [("right", "right"), ("right", "wrong")]
+    assert [json.loads(line)["gold"] for line in differ.read_text().splitlines()] == [rows[1]["gold"]]
+    assert "disagrees on 1 of 2" in capsys.readouterr().out
+    with pytest.raises(UserError, match="use math_verify"):
+        main([str(path), "--second", "sympy"])
