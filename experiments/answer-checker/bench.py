@@ -55,7 +55,7 @@ def agreement(paths: Sequence[str]) -> None:
         table = Table("form", "pairs", "ours", "false accepts", "Math-Verify", "false accepts", title=Path(path).name)
         forms = defaultdict(list)
         for row, mine, other in zip(rows, ours, theirs, strict=True):
-            forms[row.get("topic", "")].append((row["equal"], mine.right, other.right))
+            forms[row.get("topic") or row.get("form", "")].append((row["equal"], mine.right, other.right))
         for form, results in [*sorted(forms.items()), ("all", [r for group in forms.values() for r in group])]:
             cells = [form, str(len(results))]
             for column in (1, 2):

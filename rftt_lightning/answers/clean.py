@@ -172,6 +172,8 @@ def _fold(char: str) -> str:
 def clean(text: str) -> str:
     r"""Decoration off: ``$\left( \tfrac12,\!000 \right)$.`` becomes ``( \frac12,000 )``."""
     text = " ".join(fold_unicode(text).split())
+    if text.startswith("$") and text.endswith("$") and not text.endswith(r"\$"):
+        text = text.strip("$ ")
     if "\\\\" in text and _ESCAPED_TWICE.search(text) and not re.search(r"(?<!\\)\\begin", text):
         text = text.replace("\\\\", "\\")  # escaped twice on its way here
     text = _apply(_COMMAS, text)
