@@ -4,17 +4,62 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
 
 from rftt_lightning.answers.clean import clean
 from rftt_lightning.answers.equal import Comparison, Prover
-from rftt_lightning.answers.extract import last_number
+from rftt_lightning.answers.extract import boxes, extract, last_number
 from rftt_lightning.answers.node import Node, Unreadable
-from rftt_lightning.answers.parse import parse
+from rftt_lightning.answers.parse import MAX_LENGTH, parse
 from rftt_lightning.answers.units import NAMES, read_unit
 from rftt_lightning.answers.words import choice, number, opposed, without_letter, words
-from rftt_lightning.core.contracts import Status, Verdict
+from rftt_lightning.core.contracts import Status, UserError, Verdict
 
 UNREADABLE = "unreadable answer"
+KINDS = (None, "answer", "response")
+
+
+class Question(NamedTuple):
+    """A comparison to decide, and the key under which it is remembered. ``loose`` as in :func:`decide`."""
+
+    gold: str
+    answer: str
+    loose: bool
+
+
+@lru_cache(maxsize=4096)
+def gold_answer(gold: str) -> str:
+    """A gold may be a bare answer, a boxed one, or a whole solution that states it."""
+    text = gold.strip()
+    if boxes(text) or "####" in text:
+        return extract(text) or text
+    if "final answer" in text.lower():
+        return extract(text) or text
+    return re.sub(r"^.*\\boxed\{", "", text, flags=re.DOTALL) if r"\boxed{" in text else text
+
+
+def read(gold: str, response: str | None, kind: str | None) -> Question | Verdict:
+    """What is to be compared, or the verdict where there is nothing to compare."""
+    if kind not in KINDS:
+        raise UserError(f"kind is {kind!r}; use 'answer' for a bare answer, 'response' for a whole response, or None")
+    answer = _bare(response) if kind == "answer" else extract(response)
+    gold, answer = gold or "", answer and answer.strip()
+    if not gold.strip():
+        return Verdict(Status.UNPARSABLE_GOLD, answer and answer[:MAX_LENGTH], gold[:MAX_LENGTH], "empty gold")
+    if not answer:
+        return Verdict(Status.NO_ANSWER, None, gold[:MAX_LENGTH], "no answer")
+    if gold.strip() == answer:
+        return Verdict(Status.RIGHT, answer[:MAX_LENGTH], gold[:MAX_LENGTH], "identical")
+    gold = gold_answer(gold)
+    if max(len(gold), len(answer)) > MAX_LENGTH:
+        return Verdict(Status.WRONG, answer[:MAX_LENGTH], gold[:MAX_LENGTH], "too long")
+    return Question(gold, answer, kind != "answer" and "boxed" not in str(response))
+
+
+def _bare(response: str | None) -> str | None:
+    text = (response or "").strip()
+    return (extract(text) if re.search(r"\\boxed|\\fbox|<output>", text) else text) or None
 
 
 def decide(gold: str, answer: str, prover: Prover, loose: bool = False) -> Verdict:

@@ -27,14 +27,14 @@ START_SECONDS = 60.0
 """Longest wait for a worker to import sympy and pass its self-test; not charged to the pair."""
 PATIENCE = 3.0
 """Wall-clock limit of a pair over its CPU seconds: a worker that waits for a busy machine is no worker that hangs."""
-CHUNK = 16
+CHUNK = 64
 """Pairs in one request."""
 RECYCLE = 20_000
 """Pairs after which a judge is replaced: what sympy remembers does not grow without end."""
 
 P = TypeVar("P", bound="Pair")
-Pair = tuple[str, str, bool]
-"""gold, answer, loose: what :func:`rftt_lightning.answers.decide.decide` takes."""
+Pair = tuple[str, str | None]
+"""Gold and response."""
 
 
 class TimedOut(Exception):
@@ -81,8 +81,8 @@ class Worker:
             if "judge" in line:  # other lines are verdicts of a killed predecessor
                 self.judge, self.judged = line["judge"], 0
 
-    def ask(self, pairs: Sequence[Pair], seconds: float) -> Iterator[list[Any]]:
-        """Verdicts as [status, rule, forms], in order; raises :class:`TimedOut` at the first pair that has none. ``seconds`` of CPU
+    def ask(self, pairs: Sequence[Pair], kind: str | None, seconds: float) -> Iterator[list[Any]]:
+        """Verdicts as [status, answer, gold, rule, forms], in order; raises :class:`TimedOut` at the first pair that has none. ``seconds`` of CPU
         for each pair."""
         if self.judged > RECYCLE:
             self.replace_judge()
@@ -90,18 +90,19 @@ class Worker:
         self.judged += len(pairs)
         assert self.process.stdin is not None
         self.request += 1
-        line = memoryview(json.dumps([self.request, seconds, *pairs]).encode() + b"\n")
+        line = memoryview(json.dumps([self.request, seconds, kind, *pairs]).encode() + b"\n")
         try:
             while line:
                 line = line[self.process.stdin.write(line) :]
         except OSError as error:
             self.judge = 0
             raise TimedOut("worker died") from error
-        for _ in pairs:
-            request, deadline = 0, time.monotonic() + PATIENCE * seconds
-            while request != self.request:  # a successor may still answer what its predecessor was asked
-                request, *reply = self._line(deadline)
-            yield reply
+        waited = len(pairs)
+        while waited:
+            request, *replies = self._line(time.monotonic() + PATIENCE * seconds)
+            if request == self.request:  # a successor may still answer what its predecessor was asked
+                waited -= len(replies)
+                yield from replies
 
     def _line(self, deadline: float) -> Any:
         assert self.process.stdout is not None
@@ -181,7 +182,7 @@ class Pool:
                 self._idle.append(worker)
 
     def judge(
-        self, pairs: Iterator[P], seconds: float, stop: threading.Event | None = None
+        self, pairs: Iterator[P], kind: str | None, seconds: float, stop: threading.Event | None = None
     ) -> Iterator[tuple[P, list[Any] | TimedOut]]:
         """Pairs with their verdicts, from one worker; one without verdict has the :class:`TimedOut` that says why.
 
@@ -192,7 +193,7 @@ class Pool:
                 while chunk and not (stop and stop.is_set()):
                     done = 0
                     try:
-                        for reply in worker.ask(chunk, seconds):
+                        for reply in worker.ask(chunk, kind, seconds):
                             done += 1
                             yield chunk[done - 1], reply
                     except TimedOut as reason:

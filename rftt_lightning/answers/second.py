@@ -30,17 +30,18 @@ def second_opinions(name: str, pairs: Sequence[tuple[str, str | None]], seconds:
         raise UserError(f"second is {name!r}; use {' or '.join(NAMES)}")
     if importlib.util.find_spec(name) is None:
         raise UserError("math-verify is not installed; pip install 'rftt-lightning[math-verify]'")
-    asked = iter([(gold, response or "", False) for gold, response in pairs])
+    asked = iter([(gold, response or "") for gold, response in pairs])
     return [
         Verdict(Status.TIMED_OUT, gold=gold, rule=f"{name}: {reply}")
         if isinstance(reply, TimedOut)
-        else Verdict(Status(reply[0]), gold=gold, rule=reply[1])
-        for (gold, _, _), reply in SECOND.judge(asked, seconds)
+        else Verdict(Status(reply[0]), gold=gold, rule=reply[3])
+        for (gold, _), reply in SECOND.judge(asked, None, seconds)
     ]
 
 
-def judge(gold: str, response: str, loose: bool) -> Verdict:
+def judge(gold: str, response: str | None, kind: str | None) -> Verdict:
     """Runs in a worker only."""
+    response = response or ""
     import math_verify  # an optional package
 
     try:
@@ -58,5 +59,5 @@ def judge(gold: str, response: str, loose: bool) -> Verdict:
 
 
 if __name__ == "__main__":
-    judge("1", "2", False)  # import and warm up before the first question
+    judge("1", "2", None)  # import and warm up before the first question
     sys.exit(worker.guard(judge, "", MEMORY))

@@ -11,16 +11,21 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
-from rftt_lightning.answers.decide import decide
+from rftt_lightning.answers.decide import decide, read
+from rftt_lightning.answers.equal import Prover, Unproven
+from rftt_lightning.answers.memory import MEMORY
 from rftt_lightning.answers.prover import Sympy
 from rftt_lightning.core.contracts import Status, Verdict
 
-Judge = Callable[..., Verdict]
+Judge = Callable[..., Verdict | None]
+TOGETHER = 0.02
+"""Seconds after which cheap verdicts are sent."""
 
-MEMORY = 300 << 20
+BYTES = 300 << 20
 """Address space of a worker, bytes."""
 
 OUT_OF_MEMORY = 3
@@ -43,8 +48,8 @@ def self_test() -> str:
     return ""
 
 
-def serve(judge: Judge, memory: int, cause: str) -> None:
-    """Judge requests until the caller closes the pipe.
+def serve(judge: Judge, quick: Judge | None, memory: int, cause: str) -> None:
+    """Judge requests until the caller closes the pipe. Verdicts of ``quick`` are sent together, the others one by one.
 
     A pair that takes more CPU seconds than its budget ends the process: SIGPROF is left to kill it, which also works inside C
     code. So a busy machine takes nothing from the budget, and what a killed caller left behind ends, too.
@@ -53,15 +58,30 @@ def serve(judge: Judge, memory: int, cause: str) -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     _send({"judge": os.getpid(), "cause": cause})
     for line in sys.stdin:
-        request, seconds, *pairs = json.loads(line)
+        request, seconds, kind, *pairs = json.loads(line)
+        reply, sent = [request], time.monotonic()
         for pair in pairs:
-            signal.setitimer(signal.ITIMER_PROF, seconds)
-            try:
-                verdict = judge(*pair)
-            except MemoryError:
-                os._exit(OUT_OF_MEMORY)
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            _send([request, verdict.status, verdict.rule, verdict.forms])
+            verdict = quick(*pair, kind) if quick else None
+            if verdict is None:
+                reply = _sent(reply)  # what is decided is known, whatever becomes of this pair
+                signal.setitimer(signal.ITIMER_PROF, seconds)
+                try:
+                    verdict = judge(*pair, kind)
+                except MemoryError:
+                    os._exit(OUT_OF_MEMORY)
+                signal.setitimer(signal.ITIMER_PROF, 0)
+            assert verdict is not None
+            reply.append([verdict.status, verdict.answer, verdict.gold, verdict.rule, verdict.forms])
+            if time.monotonic() - sent > TOGETHER:
+                reply, sent = _sent(reply), time.monotonic()
+        _sent(reply)
+
+
+def _sent(reply: list[Any]) -> list[Any]:
+    """Send the verdicts collected so far; what is left to collect them in."""
+    if len(reply) > 1:
+        _send(reply)
+    return reply[:1]
 
 
 def _send(message: Any) -> None:
@@ -72,7 +92,7 @@ def _send(message: Any) -> None:
         os._exit(0)
 
 
-def guard(judge: Judge, fault: str, memory: int = MEMORY) -> int:
+def guard(judge: Judge, fault: str, memory: int = BYTES, quick: Judge | None = None) -> int:
     """Fork processes that serve, one after the other, until one ends because the caller has gone. Does not return before."""
     if fault:
         _send({"broken": fault})
@@ -81,7 +101,7 @@ def guard(judge: Judge, fault: str, memory: int = MEMORY) -> int:
     while True:
         fork = os.fork()
         if fork == 0:
-            serve(judge, memory, cause)
+            serve(judge, quick, memory, cause)
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
         if code == 0:
@@ -89,13 +109,29 @@ def guard(judge: Judge, fault: str, memory: int = MEMORY) -> int:
         cause = {-signal.SIGPROF: "CPU time", OUT_OF_MEMORY: "memory"}.get(code, "worker died")
 
 
-def judge(gold: str, answer: str, loose: bool) -> Verdict:
-    return decide(gold, answer, Sympy(), loose)
+def judge(gold: str, response: str | None, kind: str | None) -> Verdict:
+    return _judge(gold, response, kind, Sympy())
+
+
+def quick(gold: str, response: str | None, kind: str | None) -> Verdict | None:
+    """By cheap means, bounded as in the caller's process; None where they do not decide (or fail: then :func:`judge` fails)."""
+    try:
+        return _judge(gold, response, kind, Unproven())
+    except Exception:  # noqa: BLE001
+        return None
+
+
+def _judge(gold: str, response: str | None, kind: str | None, prover: Prover) -> Verdict:
+    question = read(gold, response, kind)
+    if isinstance(question, Verdict):
+        return question
+    known = MEMORY.get(question)
+    return known or MEMORY.put(question, decide(question.gold, question.answer, prover, question.loose))
 
 
 def main() -> int:
     sys.setrecursionlimit(3000)
-    return guard(judge, self_test())
+    return guard(judge, self_test(), quick=quick)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ SECONDS = 1.5
 
 @pytest.fixture(autouse=True, scope="module")
 def worker():
-    list(POOL.judge(iter([("1", "1.0", False)]), 10))  # its start is no input's fault
+    list(POOL.judge(iter([("1", "1.0")]), None, 10))  # its start is no input's fault
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -17,7 +17,7 @@ from rftt_lightning.answers import pool as pool_module
 from rftt_lightning.answers import verify, verify_many, worker
 from rftt_lightning.answers.equal import NeedsProof
 from rftt_lightning.answers.pool import POOL, BrokenChecker, Pool, TimedOut
-from rftt_lightning.answers.worker import MEMORY
+from rftt_lightning.answers.worker import BYTES
 from rftt_lightning.core.contracts import Status
 
 SLOW = r"\begin{vmatrix}" + r"\\".join("&".join(f"x_{{{i}{j}}}" for j in range(9)) for i in range(9)) + r"\end{vmatrix}"
@@ -27,13 +27,13 @@ SLOW = r"\begin{vmatrix}" + r"\\".join("&".join(f"x_{{{i}{j}}}" for j in range(9
 @pytest.fixture
 def pool():
     pool = Pool(1)
-    list(pool.judge(iter([("1", "1", False)]), 10))  # its start is no part of the tests
+    list(pool.judge(iter([("1", "1")]), None, 10))  # its start is no part of the tests
     yield pool
     pool.close()
 
 
 def ask(pool, *pairs, seconds=10.0):
-    replies = [reply for _, reply in pool.judge(iter([(*pair, False) for pair in pairs]), seconds)]
+    replies = [reply for _, reply in pool.judge(iter(pairs), None, seconds)]
     return [str(reply) if isinstance(reply, TimedOut) else reply[0] for reply in replies]
 
 
@@ -102,7 +102,7 @@ def test_replaced_after_many(pool, monkeypatch):
 
 def test_left_in_the_middle_it_is_killed(pool):
     (lent,) = pool._idle
-    replies = pool.judge(iter([("1", "1.0", False), (SLOW, "1", False)]), 10)
+    replies = pool.judge(iter([("1", "1.0"), (SLOW, "1")]), None, 10)
     next(replies)
     replies.close()
     assert lent.process.poll() is not None
@@ -127,7 +127,7 @@ def test_close_leaves_no_process_and_no_descriptor():
 def test_a_killed_caller_leaves_no_orphan():
     code = (
         "import time; from rftt_lightning.answers.pool import Pool; p = Pool(1)\n"
-        "list(p.judge(iter([('1', '1.0', False)]), 10)); print(p._idle[0].process.pid, flush=True); time.sleep(60)"
+        "list(p.judge(iter([('1', '1.0')]), None, 10)); print(p._idle[0].process.pid, flush=True); time.sleep(60)"
     )
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     guardian = int(caller.stdout.readline())
@@ -179,14 +179,14 @@ def test_even_past_the_guards_a_worker_is_bounded(text, monkeypatch):
     done.set()
     watcher.join(5)
     pool.close()
-    assert max(peak) * 1024 <= MEMORY
+    assert max(peak) * 1024 <= BYTES
 
 
 def test_time_out_is_a_verdict_of_its_own(monkeypatch):
     gold, response = r"\sqrt{3}+\ln 7", r"\boxed{\ln 7 - \sqrt{5}}"
     with monkeypatch.context() as patch:
         patch.setattr(
-            POOL, "judge", lambda questions, seconds, stop=None: [(q, TimedOut("wall clock")) for q in questions]
+            POOL, "judge", lambda pairs, kind, seconds, stop=None: [(q, TimedOut("wall clock")) for q in pairs]
         )
         assert verify(gold, response).status is Status.TIMED_OUT
         assert [v.status for v in verify_many([(gold, response)] * 2)] == [Status.TIMED_OUT] * 2
@@ -213,8 +213,8 @@ def test_equal_questions_are_decided_once(monkeypatch):
     asked = []
     judge = POOL.judge
 
-    def count(questions, seconds, stop=None):
-        for question, reply in judge(questions, seconds, stop):
+    def count(pairs, kind, seconds, stop=None):
+        for question, reply in judge(pairs, kind, seconds, stop):
             asked.append(question)
             yield question, reply
 
@@ -224,15 +224,16 @@ def test_equal_questions_are_decided_once(monkeypatch):
     ]
     first = verify_many(pairs)
     assert [v.right for v in first] == [True] * 10 + [False]
-    assert len(asked) == 2
+    assert len(asked) == 3  # two texts that state one answer are one question in a worker, and here two
     assert verify_many(pairs) == first
-    assert verify(*pairs[0]) == first[0]
-    assert len(asked) == 2
+    assert len(asked) == 3
+    assert [verify(*pair) for pair in pairs] == first
+    assert len(asked) == 5
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_is_forgotten_during_a_batch_is_still_returned(workers, monkeypatch):
-    monkeypatch.setattr("rftt_lightning.answers.checker.REMEMBERED", 4)
+    monkeypatch.setattr("rftt_lightning.answers.memory.REMEMBERED", 4)
     pairs = [(str(k), f"{k}.0") for k in range(100, 130)]
     verify_many(pairs[:3], workers=workers)
     assert all(verdict.right for verdict in verify_many(pairs, workers=workers))

@@ -81,7 +81,7 @@ def gsm8k(path: str) -> list[str]:
         ([*EVALUATE, "--backend.init_args.device=cuda:99", "--out=@/out"], ["device is 'cuda:99'"]),
         ([*CURATE, "--backend.init_args.dtype=8bit", "--trees=@/store", "--out=@/out"], ["dtype is '8bit'"]),
         (["check", "--nonsense"], ["nonsense"]),
-        (["check", "--explain", "1"], ["explain", "2"]),
+        (["check", "--explain", "1"], ["--explain", "two texts"]),
         (["check", "@/bad.jsonl", "--workers=0"], ["workers is 0", "at least 1"]),
         (["check", "@/bad.jsonl", "--workers=-1"], ["workers is -1"]),
         (["check", "--config=@/bad.yaml"], ["bad.yaml is no YAML"]),
