@@ -10,7 +10,6 @@ from rftt_lightning.answers.decide import decide, read
 from rftt_lightning.answers.equal import Unproven
 from rftt_lightning.answers.extract import TAIL
 from rftt_lightning.answers.memory import MEMORY
-from rftt_lightning.answers.parse import MAX_LENGTH
 from rftt_lightning.answers.pool import POOL, TimedOut
 from rftt_lightning.core.contracts import Status, UserError, Verdict
 
@@ -82,7 +81,8 @@ def _from_workers(
 ) -> Iterator[tuple[tuple[str, str | None], Verdict]]:
     for pair, reply in POOL.judge(pairs, kind, seconds, stop):
         if isinstance(reply, TimedOut):
-            yield pair, Verdict(Status.TIMED_OUT, gold=pair[0][:MAX_LENGTH], rule=str(reply))
+            asked = read(*pair, kind)
+            yield pair, Verdict(Status.TIMED_OUT, asked.answer, asked.gold, str(reply))
         else:
             status, answer, gold, rule, forms = reply
             yield pair, Verdict(Status(status), answer, gold, rule, forms and (forms[0], forms[1]))

@@ -188,7 +188,8 @@ def test_time_out_is_a_verdict_of_its_own(monkeypatch):
         patch.setattr(
             POOL, "judge", lambda pairs, kind, seconds, stop=None: [(q, TimedOut("wall clock")) for q in pairs]
         )
-        assert verify(gold, response).status is Status.TIMED_OUT
+        late = verify(gold, response)
+        assert (late.status, late.answer, late.rule) == (Status.TIMED_OUT, r"\ln 7 - \sqrt{5}", "wall clock")
         assert [v.status for v in verify_many([(gold, response)] * 2)] == [Status.TIMED_OUT] * 2
     assert verify(gold, response).status is Status.WRONG  # the time-out was not remembered
 
