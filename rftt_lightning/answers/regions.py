@@ -7,6 +7,7 @@ same of these cells, however they are written.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -102,7 +103,7 @@ def _combined(node: Node) -> Region | None:
 
 
 def _inequality(node: Node) -> Region | None:
-    """Chains, and comparisons that are linear in one variable or in its absolute value."""
+    """Chains, and comparisons that are linear or quadratic in one variable, or linear in an absolute value."""
     left, right = node.args
     if left.op in ORDERED:  # a chain
         return _all_of([_inequality(left), _inequality(Node(node.op, (left.args[1], right)))])
@@ -116,18 +117,40 @@ def _inequality(node: Node) -> Region | None:
         return _all_of(pair, "and" if op in ("<", "<=", "!=") else "or")
     if is_constant(left):
         left, right, op = right, left, FLIPPED[op]
-    slope = _slope(left) if is_constant(right) else _slope(Node("+", (left, Node("neg", (right,)))))
-    if slope is None or is_constant(left):
+    if is_constant(left):
         return None
-    factor, offset = slope
-    end = right if is_constant(right) else num(0)
-    if slope != (1, 0):
-        end = Node("/", (Node("+", (end, num(-offset))), num(factor)))
-    if factor < 0:
-        op = FLIPPED[op]
+    names = frozenset([str(left)]) if left.op == "call" else left.symbols() | right.symbols()
+    if is_constant(right) and _is_variable(left):
+        return Region("or", _half_lines(right, op), names=names)
+    read = _polynomial(Node("+", (left, Node("neg", (right,)))))
+    if read is None and is_constant(right) and (read := _polynomial(left)) and not read[0]:  # 2x < sqrt 3
+        _, slope, offset = read
+        end = Node("/", (Node("+", (right, num(-offset))), num(slope)))
+        return Region("or", _half_lines(end, op if slope > 0 else FLIPPED[op]), names=names)
+    return read and Region("or", _where_signed(read, op), names=names)
+
+
+def _half_lines(end: Node, op: str) -> tuple[Region, ...]:
     above, below = _piece(end, _PLUS, op == ">=", False), _piece(_MINUS, end, False, op == "<=")
-    parts = (above, below) if op == "!=" else (above if op[0] == ">" else below,)
-    return Region("or", parts, names=frozenset([str(left)]) if left.op == "call" else left.symbols() | right.symbols())
+    return (above, below) if op == "!=" else (above if op[0] == ">" else below,)
+
+
+def _where_signed(coefficients: tuple[Fraction, Fraction, Fraction], op: str) -> tuple[Region, ...]:
+    """Where a x^2 + b x + c compares with 0 in this way."""
+    a, b, c = coefficients
+    if not a:
+        return _half_lines(num(-c / b), op if b > 0 else FLIPPED[op])
+    if a < 0:
+        return _where_signed((-a, -b, -c), FLIPPED[op])
+    square = b * b - 4 * a * c
+    if square < 0:
+        return (_piece(_MINUS, _PLUS, False, False),) if op in (">", ">=", "!=") else ()
+    spread = Node("/", (Node("root", (num(square), num(2))), num(2 * a)))
+    low, high = (Node("+", (num(-b / (2 * a)), end)) for end in (Node("neg", (spread,)), spread))
+    outside = (_piece(_MINUS, low, False, op == ">="), _piece(high, _PLUS, op == ">=", False))
+    if op == "!=":
+        return (outside[0], _piece(low, high, False, False), outside[1])
+    return outside if op[0] == ">" else (_piece(low, high, op == "<=", op == "<="),)
 
 
 def _all_of(read: Sequence[Region | None], op: str = "and") -> Region | None:
@@ -142,20 +165,28 @@ def is_constant(node: Node) -> bool:
     )
 
 
-def _slope(node: Node) -> tuple[Fraction, Fraction] | None:
-    """(c, d) if the node is c x + d with one variable x (a symbol, or a value like f(x)) and rational c != 0, d."""
-    if node.op == "sym" or (node.op == "call" and len(node.value) == 1):
-        return Fraction(1), Fraction(0)
+def _is_variable(node: Node) -> bool:
+    return node.op == "sym" or (node.op == "call" and len(node.value) == 1)
+
+
+def _polynomial(node: Node) -> tuple[Fraction, Fraction, Fraction] | None:
+    """(a, b, c) if the node is a x^2 + b x + c in one variable, rational and not constant: its values at random points of both
+    signs tell (at fixed ones an answer could be made to fit)."""
     names = node.symbols()
     if len(names) != 1:
         return None
+    draw = random.SystemRandom()
+    points = [Fraction(sign * draw.randrange(1, 10**6), 1009) for sign in (-1, 1, -1, 1, -1, 1)]
     try:
-        at = [rational(replaced(node, {next(iter(names)): num(value)})) for value in (0, 1, 2, 5)]
-    except Undecided:
+        values = [rational(replaced(node, {next(iter(names)): num(point)})) for point in points]
+        (x, y, z, *_), (p, q, r, *_) = points, values
+        a = ((r - p) / (z - x) - (q - p) / (y - x)) / (z - y)
+        b = (q - p) / (y - x) - a * (x + y)
+    except (Undecided, ZeroDivisionError):
         return None
-    slope = at[1] - at[0]
-    linear = slope != 0 and at[2] == at[0] + 2 * slope and at[3] == at[0] + 5 * slope
-    return (slope, at[0]) if linear else None
+    c = p - a * x * x - b * x
+    fits = all(value == a * point * point + b * point + c for point, value in zip(points, values, strict=True))
+    return (a, b, c) if fits and (a or b) else None
 
 
 def _names(part: Region) -> frozenset[str]:
