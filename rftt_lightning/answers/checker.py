@@ -13,7 +13,7 @@ from rftt_lightning.answers.memory import MEMORY
 from rftt_lightning.answers.pool import POOL, TimedOut
 from rftt_lightning.core.contracts import Status, UserError, Verdict
 
-SECONDS = 0.7
+SECONDS = 0.6
 """CPU seconds of one comparison (three times as many by the clock). Of 3,000 pairs of all forms two take more than half of it."""
 
 
