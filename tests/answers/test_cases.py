@@ -1,4 +1,4 @@
-"""The case table: pairs by form, written by people who had not seen the checker. ``cases.jsonl`` has gold, response, equal, form."""
+"""The case table: pairs by form, written by authors (language models) that had not seen the checker. ``cases.jsonl`` has gold, response, equal, form."""
 
 import json
 from collections import defaultdict
