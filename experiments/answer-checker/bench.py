@@ -221,13 +221,12 @@ def _children() -> list[int]:
     return found
 
 
-def _resident(pid: int) -> int:
-    """MB, the most so far; 0 when it is gone."""
+def _resident(pid: int, field: str = "VmHWM") -> int:
+    """MB, the most so far (VmHWM) or now (VmRSS); 0 when it is gone."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        match = re.search(rf"{field}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
     except OSError:
         return 0
-    match = re.search(r"VmHWM:\s+(\d+)", status)
     return int(match[1]) >> 10 if match else 0
 
 
@@ -321,11 +320,7 @@ def soak(checks: int) -> None:
 
 
 def _now(pid: int) -> int:
-    try:
-        match = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-    except OSError:
-        return 0
-    return int(match[1]) >> 10 if match else 0
+    return _resident(pid, "VmRSS")
 
 
 # -- fuzz

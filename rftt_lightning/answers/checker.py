@@ -73,7 +73,7 @@ def _pair(gold: str, response: str | None) -> tuple[str, str | None]:
 
 def forget() -> None:
     """Decide everything anew (for measurements)."""
-    MEMORY.__init__()  # type: ignore[misc]
+    MEMORY.clear()
 
 
 def _from_workers(

@@ -48,6 +48,14 @@ def _upright(match: re.Match[str]) -> str:
     return match[1] if single and not unit else rf"\text{{{match[1]}}}"
 
 
+def _chosen(letter: str, command: str) -> tuple[str, Callable[[re.Match[str]], str]]:
+    """The rule for ``_7C_3``, ``{}^7C_3`` and ``7C3`` (or P)."""
+    spread = rf"(?<![\w)}}])(?:\{{\}})?[_^]\{{?(\w{{1,3}})\}}?{letter}_\{{?(\w{{1,3}})\}}?"
+    flat = rf"(?<![\w\\^])(\d{{1,3}}){letter}(\d{{1,3}})(?!\w)"
+    return f"{spread}|{flat}", lambda m: rf"\{command}{{{m[1] or m[3]}}}{{{m[2] or m[4]}}}"
+
+
+_SCALES = {"hundred": "100", "dozen": "12", "million": "10^6", "billion": "10^9", "thousand": "10^3"}
 _GROUP = r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 
 _COMMAS = _rules(
@@ -114,18 +122,13 @@ _WORDS = _rules(  # for texts with a letter outside commands
     (r"(?<![a-zA-Z\\])(sqrt|cbrt|floor|ceil|abs|arc\s?(?:sin|cos|tan))(?=\s*[({\d])", lambda m: "\\" + m[1].replace(" ", "")),
     (r"(?<![a-zA-Z\\{_])log_?(\d+)\s*(?=\()", r"\\log_{\1}"),
     (r"(?<![a-zA-Z\\])(?:C|nCr|binom)\s*\(\s*(\w+)\s*,\s*(\w+)\s*\)", r"\\binom{\1}{\2}"),
-    (r"(?<![\w)}])(?:\{\})?[_^]\{?(\w{1,3})\}?C_\{?(\w{1,3})\}?|(?<![\w\\^])(\d{1,3})C(\d{1,3})(?!\w)", lambda m: rf"\binom{{{m[1] or m[3]}}}{{{m[2] or m[4]}}}"),
-    (r"(?<![\w)}])(?:\{\})?[_^]\{?(\w{1,3})\}?P_\{?(\w{1,3})\}?|(?<![\w\\^])(\d{1,3})P(\d{1,3})(?!\w)", lambda m: rf"\perm{{{m[1] or m[3]}}}{{{m[2] or m[4]}}}"),
+    *(_chosen(letter, command) for letter, command in (("C", "binom"), ("P", "perm"))),
     (r"^([\s(]*)([0-9A-Za-z]+)([\s)]*)(?:\\text\s*\{)?\s*\(?\s*(?:in )?base[\s-]+(\w+)\s*\)?\s*\}?$", r"\1\2\3_{\4}"),
     (r"_\s*\{?\s*\(?\s*(?:\\text\s*\{)?\s*base\s*\}?\s*(\w+)\s*\)?\s*\}{1,2}", r"_{\1}"),
     (r"\\text\s*\{\s*([0-9A-F]+)\s*\}\s*(?=_\s*\{?(?:\d|\\text))", r"\1"),
     (r"(?<=hours)(\}?)\s*,?\s*and\s+(?=\d)|(?<=hour)(\}?)\s*,?\s*and\s+(?=\d)", lambda m: (m[1] or m[2] or "") + " "),
     (r"(?<=\d)\s*(?:h|hrs?)\s*(\d+)\s*(?:m|mins?)(?![a-zA-Z])", r" \\text{hours} \1 \\text{minutes}"),
-    (r"(?<=\d)\s*(\\text\s*\{\s*)?hundred(?![a-zA-Z])", r" \\cdot 100 \1"),
-    (r"(?<=\d)\s*(\\text\s*\{\s*)?dozen(?![a-zA-Z])", r" \\cdot 12 \1"),
-    (r"(?<=\d)\s*(\\text\s*\{\s*)?million(?![a-zA-Z])", r" \\cdot 10^6 \1"),
-    (r"(?<=\d)\s*(\\text\s*\{\s*)?billion(?![a-zA-Z])", r" \\cdot 10^9 \1"),
-    (r"(?<=\d)\s*(\\text\s*\{\s*)?thousand(?![a-zA-Z])", r" \\cdot 10^3 \1"),
+    *((rf"(?<=\d)\s*(\\text\s*\{{\s*)?{word}(?![a-zA-Z])", rf" \\cdot {value} \1") for word, value in _SCALES.items()),
     (r"(?<=\d)\s*(?:\\text\s*\{)?\s*\bto\b\s*\}?\s*(?=\d+$)", ":"),
     (r"^(?:\\text\s*\{\s*|\\mathbb\{R\},?\s*)?(?:all )?(?:real (?:numbers?|values?)|reals)?(?: of)?\s*x?\s*(?:except|other than|but not)(?: for| when)?\s*\}?\s*(?:x\s*=)?([^=<>]+)$", r"\\mathbb{R} \\setminus \\{\1\\}"),
     (r"(?<=\d) repeating$", "..."),

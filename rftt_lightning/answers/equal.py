@@ -105,7 +105,7 @@ class Comparison:
     def _forms(self) -> list[tuple[tuple[str, ...], Callable[[Node, Node], bool]]]:
         """The first of these forms that either side has decides how to compare."""
         return [
-            (("text",), lambda g, a: self._texts(g, a)),
+            (("text",), self._texts),
             (("where",), self._described),
             (("list", "set", "pm", "mp"), self._lists),
             (("cup", "cap", "minus", "in", "reals", *ORDERED), self._regions),
@@ -344,10 +344,9 @@ class Comparison:
     def _matrices(self, gold: Node, answer: Node) -> bool:
         if gold.op != answer.op:
             return self._prove(gold, answer)
-        rows = zip(gold.args, answer.args, strict=False)
-        return self._in_order([sym(str(len(gold.args)))], [sym(str(len(answer.args)))]) and all(
-            self._in_order(g.args, a.args) for g, a in rows
-        )
+        if len(gold.args) != len(answer.args):
+            return self._by("length", False)
+        return all(self._in_order(g.args, a.args) for g, a in zip(gold.args, answer.args, strict=True))
 
     # -- equations and regions
 
@@ -412,17 +411,12 @@ class Comparison:
         except Undecided:  # a factor of unknown sign may be hidden: both sides must be equal
             turned = answer if answer.op == gold.op else Node(FLIPPED[answer.op], answer.args[::-1])
             return self._by("inequality", gold.op == turned.op) and self._in_order(gold.args, turned.args)
-        expected = {1: gold.op, -1: FLIPPED[gold.op]}.get(sign) if isinstance(sign, int) else None
-        return self._by("inequality", expected == answer.op)
+        return self._by("inequality", {1: gold.op, -1: FLIPPED[gold.op]}.get(sign) == answer.op)
 
 
-# -- values and their names
+# -- names and differences
 
 _PLAIN = frozenset(["num", "sym", "call", "+", "*", "/", "^", "neg", "root", "!", "binom", "abs", "floor", "ceil"])
-
-
-def _free(node: Node) -> frozenset[str]:
-    return node.args[1].symbols()
 
 
 def _same_name(left: Node, right: Node) -> bool:
@@ -453,9 +447,6 @@ def _flat(node: Node) -> list[Node]:
 
 def _difference(node: Node) -> Node:
     return Node("+", (node.args[0], Node("neg", (node.args[1],))))
-
-
-# -- rounding, units, times
 
 
 def _single(part: Region | None) -> Region | None:

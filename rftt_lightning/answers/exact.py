@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 from rftt_lightning.answers.node import Node, replaced
@@ -32,18 +32,21 @@ def _is_prime(number: int) -> bool:
     return True
 
 
-def _random_prime() -> int:
-    """Of 255 bits, 1 modulo 4 (so that -1 has a root). Each process has its own: a known one could be written into an answer."""
+@cache
+def _field() -> tuple[int, int]:
+    """A random prime of 255 bits, 1 modulo 4, and a root of -1 modulo it. Found when first needed, and by each process for itself: a
+    known prime could be written into an answer."""
     draw = random.SystemRandom()
-    while not _is_prime(number := (draw.getrandbits(255) | 1 << 254) & ~2 | 1):
+    while not _is_prime(prime := (draw.getrandbits(255) | 1 << 254) & ~2 | 1):
         pass
-    return number
+    roots = (pow(base, (prime - 1) // 4, prime) for base in range(2, 1000))
+    return prime, next(root for root in roots if root**2 % prime == prime - 1)
 
 
-PRIME = _random_prime()
-_ROOT_OF_MINUS_ONE = next(
-    root for base in range(2, 1000) if (root := pow(base, (PRIME - 1) // 4, PRIME)) ** 2 % PRIME == PRIME - 1
-)
+def _point(names: Iterable[str]) -> dict[str, int]:
+    """Random residues for the symbols and for pi; i is the root of -1."""
+    prime, root = _field()
+    return {name: random.SystemRandom().randrange(2, prime - 1) for name in (*names, "pi")} | {"i": root}
 
 
 class Undecided(ArithmeticError):
@@ -149,27 +152,24 @@ _CALLS: dict[str, Callable[..., Any]] = {
 def same_polynomial(left: Node, right: Node) -> bool:
     """Are these rational functions (of symbols, pi and i) identical? Values at random points modulo a 255-bit prime: unequal
     is certain (pi is transcendental), equal wrong with probability below 2^-200. Raises :class:`Undecided` for others."""
-    names = left.symbols() | right.symbols() | {"pi"}
-    for _ in range(4):  # a pole at one random point is possible and improbable
-        point = {name: random.SystemRandom().randrange(2, PRIME - 1) for name in names} | {"i": _ROOT_OF_MINUS_ONE}
-        return _residue(left, point) == _residue(right, point)
-    raise Undecided("poles")
+    point = _point(left.symbols() | right.symbols())
+    return _residue(left, point) == _residue(right, point)
 
 
 def proportional_polynomials(left: Node, right: Node) -> int:
     """Sign of the constant k in left = k * right, 0 if there is none. Raises :class:`Undecided` for what is no polynomial."""
     if _has_fraction(left) or _has_fraction(right):
         raise Undecided("no polynomial")
-    names = sorted(left.symbols() | right.symbols()) + ["pi"]
-    draw = random.SystemRandom()
-    points = [{name: draw.randrange(2, PRIME - 1) for name in names} | {"i": _ROOT_OF_MINUS_ONE} for _ in range(3)]
+    names = left.symbols() | right.symbols()
+    points = [_point(names) for _ in range(3)]
     values = [(_residue(left, point), _residue(right, point)) for point in points]
     (first, second), *others = values
     if 0 in (first, second):
         return int(first == second)
-    if any(first * b % PRIME != second * a % PRIME for a, b in others):
+    prime, draw = _field()[0], random.SystemRandom()
+    if any(first * b % prime != second * a % prime for a, b in others):
         return 0
-    at = {name: Node("num", value=f"{draw.randrange(2, 10**6)}/{draw.randrange(2, 10**6)}") for name in names}
+    at = {n: Node("num", value=f"{draw.randrange(2, 10**6)}/{draw.randrange(2, 10**6)}") for n in (*names, "pi")}
     quotient = rational(replaced(left, at)) / rational(replaced(right, at))
     return 1 if quotient > 0 else -1
 
@@ -182,16 +182,17 @@ def _has_fraction(node: Node) -> bool:
 
 
 def _residue(node: Node, point: Mapping[str, int]) -> int:
+    prime = _field()[0]
     if node.op == "sym" and node.value in point:
         return point[node.value]
     if node.op == "+":
-        return sum(_residue(arg, point) for arg in node.args) % PRIME
+        return sum(_residue(arg, point) for arg in node.args) % prime
     if node.op == "neg":
-        return -_residue(node.args[0], point) % PRIME
+        return -_residue(node.args[0], point) % prime
     if node.op == "*":
-        return _residue(node.args[0], point) * _residue(node.args[1], point) % PRIME
+        return _residue(node.args[0], point) * _residue(node.args[1], point) % prime
     if node.op == "/":
-        return _residue(node.args[0], point) * _inverse(_residue(node.args[1], point)) % PRIME
+        return _residue(node.args[0], point) * _inverse(_residue(node.args[1], point)) % prime
     if node.op == "^":
         exponent = rational(node.args[1])
         if exponent.denominator != 1 or abs(exponent) > 10**6:
@@ -199,15 +200,16 @@ def _residue(node: Node, point: Mapping[str, int]) -> int:
         base = _residue(node.args[0], point)
         if base == 0 and exponent <= 0:
             raise Undecided("0^0")
-        return pow(base if exponent >= 0 else _inverse(base), abs(int(exponent)), PRIME)
+        return pow(base if exponent >= 0 else _inverse(base), abs(int(exponent)), prime)
     value = rational(node)
-    return value.numerator * _inverse(value.denominator) % PRIME
+    return value.numerator * _inverse(value.denominator) % prime
 
 
 def _inverse(value: int) -> int:
-    if value % PRIME == 0:
+    prime = _field()[0]
+    if value % prime == 0:
         raise Undecided("division by zero")
-    return pow(value, -1, PRIME)
+    return pow(value, -1, prime)
 
 
 def approximate(node: Node) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from rftt_lightning.answers.words import CHANGES_MEANING
+
 TAIL = 200_000
 """Characters at the end of a response that are searched."""
 
@@ -25,10 +27,6 @@ _LISTED = re.compile(r"-?[\d./]+(?:\s*(?:,\s*(?:and|or)\b|,|and\b|or\b)\s*-?\d[\
 _ABOUT = re.compile(
     r"(?:,\s*(?:\(|which is |that is,? |or )*|\s+(?:\(|which is |that is |or )+)(?:about|approximately|approx\.?|roughly|\\approx|≈)"
     r"\s*\$?-?\d[\d.,]*\$?(?: \w+)?\)?\.?$"
-)
-CHANGES_MEANING = re.compile(
-    r"\b(?:not|no|never|up to|twice|double|triple|half|except|less|more|fewer|greater|most|least|over|under|below|above|between|than|minus|negative|neg|divided|root|log|factorial|squared|cubed|cannot|tenths?|hundredths?|thousandths?)\b",
-    re.IGNORECASE,
 )
 _WORD = re.compile(r"[a-zA-Z]+")
 _PROSE = re.compile(r"\s*(?:so|thus|hence|therefore|then|we|it|this|that|the|i(?=\s+[a-z]{2}))\b", re.IGNORECASE)

@@ -16,6 +16,9 @@ class Memory:
     """Two generations of verdicts: when the young one is full it becomes the old one. No step needs a lock."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
         self.young: dict[Hashable, Verdict] = {}
         self.old: dict[Hashable, Verdict] = {}
 

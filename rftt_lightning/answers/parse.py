@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable
 
 from rftt_lightning.answers.digits import join_numbers
-from rftt_lightning.answers.extract import CHANGES_MEANING
 from rftt_lightning.answers.node import Node, Unreadable, num, sym
 from rftt_lightning.answers.units import AMBIGUOUS, NAMES, measure, read_unit
+from rftt_lightning.answers.words import CHANGES_MEANING
 
 MAX_LENGTH = 4000
 """Characters of one answer; longer ones are refused unread."""

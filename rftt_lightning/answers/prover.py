@@ -79,10 +79,10 @@ def _root(value: Any, index: Any) -> Any:
 
 def equal(left: Node, right: Node) -> bool | None:
     """True if proved, False if refuted, None if neither."""
-    a, b = build(left, False), build(right, False)
-    if any(side.has(sympy.zoo, sympy.nan) for side in (a, b)):  # 1/0 is no value
+    real = build(left, False), build(right, False)
+    if any(side.has(sympy.zoo, sympy.nan) for side in real):  # 1/0 is no value
         return False
-    if a == b:
+    if real[0] == real[1]:
         return True
     a, b = build(left, True), build(right, True)
     if isinstance(a, sympy.MatrixBase) or isinstance(b, sympy.MatrixBase):
@@ -92,7 +92,7 @@ def equal(left: Node, right: Node) -> bool | None:
         return False
     if _differ_numerically(difference):
         return False
-    if left.symbols() | right.symbols() and _differ_at_real_points(left, right):
+    if left.symbols() | right.symbols() and _differ_at_points(*real):
         return False
     return True if difference == 0 or _is_zero(difference) else None
 
@@ -125,12 +125,8 @@ def _number(expression: Any) -> Any:
         return mpmath.hypot(*parts) if len(parts) == 2 else None
 
 
-def _differ_at_real_points(left: Node, right: Node) -> bool:
-    """|x| and x agree for positive x: look where coordinates have any sign and both sides are real."""
-    return _differ_at_points(build(left, False), build(right, False))
-
-
 def _differ_at_points(a: Any, b: Any) -> bool:
+    """|x| and x agree for positive x: look where coordinates have any sign and both sides are real."""
     names = sorted(a.free_symbols | b.free_symbols, key=str)
     for seed in range(4):
         draw = random.Random(100 + seed)

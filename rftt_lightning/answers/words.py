@@ -30,6 +30,12 @@ _PASSED_OVER = frozenset("a an the answer is its it option choice limit".split()
 EMPTY = frozenset({"no solution", "empty set", "null set"})
 """Words for the empty set."""
 
+CHANGES_MEANING = re.compile(
+    r"\b(?:not|no|never|up to|twice|double|triple|half|except|less|more|fewer|greater|most|least|over|under|below|above|between|than|minus|negative|neg|divided|root|log|factorial|squared|cubed|cannot|tenths?|hundredths?|thousandths?)\b",
+    re.IGNORECASE,
+)
+"""Words beside a value that are no decoration."""
+
 
 def words(text: str) -> str:
     r"""Text for comparison: case, articles, punctuation and spacing are no difference. ``(B)`` is ``b``."""
