@@ -13,9 +13,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
+from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
 
 QUESTION = "question"
 """Name of the grammar state before the first segment."""
+
+
+ALL = 1 << 30
+"""Room for as many requests as there are."""
 
 
 class UserError(Exception):
@@ -35,6 +42,15 @@ class Provenance(IntEnum):
     SAMPLED = 0
     ARGMAX = 1  # the policy's favourite functional token, followed in simulation
     UCT = 2  # tree search chose this functional token
+
+
+class Finish(StrEnum):
+    """Why a backend stopped writing."""
+
+    STOP = "stop"  # the segments that were asked for are closed, a terminal one is, or the turn ended
+    LENGTH = "length"  # Request.max_tokens are written
+    SEGMENT = "segment"  # one segment reached Sampling.max_segment_tokens and is not closed
+    CONTEXT = "context"  # the model has no more positions
 
 
 class Status(StrEnum):
@@ -175,12 +191,34 @@ class Request:
 class Completion:
     """What a backend answers. ``priors`` are those before the first segment (empty in free text).
 
-    ``computed`` counts the token positions that went through the model for it (prefill and decode).
+    ``computed`` counts the token positions that went through the model for it (prefill, padding of it, and decode).
     """
 
     segments: tuple[Segment, ...]
     priors: Mapping[str, float] = field(default_factory=dict)
     computed: int = 0
+    finish: Finish = Finish.STOP
+
+
+@dataclass
+class Usage:
+    """Running totals of a backend: what its answers cost.
+
+    ``calls`` of the model (forward passes, or requests to a server), of which ``steps`` decode one token for each of their
+    ``rows`` (rows is summed over the steps, so rows / steps is the mean batch); ``reused`` prompt positions were taken from a
+    cache. Keys and values of a position take ``position_bytes``, those of all at most ``cache_bytes`` so far (0 where they
+    are elsewhere). ``seconds`` of work by name: ``model`` forward passes, ``choose`` masking and drawing tokens (on a GPU
+    the waiting for both), ``copy`` moving keys and values. ``failures`` counts by name what was tried again.
+    """
+
+    calls: int = 0
+    steps: int = 0
+    rows: int = 0
+    reused: int = 0
+    position_bytes: int = 0
+    cache_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    failures: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -294,10 +332,17 @@ class Reward(ABC):
 
 
 class Backend(ABC):
-    """A policy that continues token sequences. ``tokens`` is its functional-token table; ``version`` counts its updates."""
+    """A policy that continues token sequences. ``tokens`` is its functional-token table; ``version`` counts its updates;
+    ``batch_size`` is how many requests it works on at a time."""
 
     tokens: TokenTable
     version: int = 0
+    batch_size: int = 1
+
+    @cached_property
+    def usage(self) -> Usage:
+        """What all answers so far have cost."""
+        return Usage()
 
     @abstractmethod
     def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
@@ -306,3 +351,22 @@ class Backend(ABC):
     @abstractmethod
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Completions in the order of ``requests``, any number of requests; batching inside is the backend's affair."""
+
+    def stream(self, more: Callable[[int], Sequence[Request]]) -> Iterator[list[tuple[int, Completion]]]:
+        """Answers while questions keep coming: ``more(room)`` gives at most ``room`` further requests, the most urgent ones;
+        each list that is yielded holds (how manyth request, completion) of those that are ready. New requests come of the
+        answers: ends when all are answered and there are no more. Here a batch is answered before the next one is asked for; a
+        backend whose requests can join those under way overrides this, and makes :meth:`generate` of it by :func:`collect`."""
+        number = 0
+        while requests := more(ALL):
+            yield list(enumerate(self.generate(requests), number))
+            number += len(requests)
+
+
+def collect(backend: Backend, requests: Sequence[Request]) -> list[Completion]:
+    """:meth:`Backend.generate` by way of :meth:`Backend.stream`."""
+    waiting = iter(requests)
+    found: dict[int, Completion] = {}
+    for ready in backend.stream(lambda room: list(islice(waiting, room))):
+        found.update(ready)
+    return [found[number] for number in range(len(requests))]

@@ -58,16 +58,31 @@ class Tree:
         parent = self.visits[self.parent[node]] + self.held[self.parent[node]]
         return self.values[node] / visits + c * math.sqrt(math.log(parent) / visits)
 
-    def select(self, c: float, node: int = 0) -> int | None:
-        """The node at or below ``node`` at which the next rollout begins: planned children first, in their order of
-        preference, else the child of the highest UCT, down to a node that has no segment yet. Where all below that child is
-        held by rollouts under way, the next best is tried; None while nothing is free."""
-        fresh = [k for k in self.children[node] if self.segments[k] is None and not self.held[k]]
-        if fresh:
+    def puct(self, node: int, c: float) -> float:
+        """Q/N + c P sqrt(N(parent)) / (1 + N(child)), P the prior (arXiv 1712.01815, with constant c); Q/N of a child that was
+        never visited is 0."""
+        visits = self.visits[node] + self.held[node]
+        parent = self.visits[self.parent[node]] + self.held[self.parent[node]]
+        return self.values[node] / max(visits, 1) + c * self.plans[node].prior * math.sqrt(parent) / (1 + visits)
+
+    def select(self, c: float, rule: str = "uct", node: int = 0) -> int | None:
+        """The node at or below ``node`` at which the next rollout begins.
+
+        ``"uct"``: planned children first, in their order of preference, else the child of the highest :meth:`uct`, down to
+        a node that has no segment yet. ``"puct"``: planned and visited children compete by :meth:`puct`. Where all below
+        the best child is held by rollouts under way, the next best is tried; None while nothing is free.
+        """
+        segments, held, spent = self.segments, self.held, self.spent
+        fresh = [k for k in self.children[node] if segments[k] is None and not held[k]]
+        known = [k for k in self.children[node] if segments[k] is not None and not spent[k]]
+        if rule == "puct":
+            ranked = sorted(fresh + known, key=lambda k: self.puct(k, c), reverse=True)
+        elif fresh:
             return fresh[0]
-        known = [k for k in self.children[node] if self.segments[k] is not None and not self.spent[k]]
-        for child in sorted(known, key=lambda k: self.uct(k, c), reverse=True):
-            found = self.select(c, child)
+        else:
+            ranked = known if len(known) < 2 else sorted(known, key=lambda k: self.uct(k, c), reverse=True)
+        for child in ranked:
+            found = child if segments[child] is None else self.select(c, rule, child)
             if found is not None:
                 return found
         unasked = node == 0 and not self.children[0] and not self.held[0]
@@ -202,25 +217,45 @@ class Tree:
     # -- JSON ----------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """JSON types only; :meth:`from_json` gives an equal tree back."""
-        return dataclasses.asdict(self)
+        """JSON types only, a column for each attribute of nodes, plans and segments; :meth:`from_json` gives an equal tree
+        back. The columns are the tree's own lists: write them out before it grows on. ``children`` follow from ``parent``."""
+        written = [(node, segment) for node, segment in enumerate(self.segments) if segment is not None]
+        columns = {name: [getattr(segment, name) for _, segment in written] for name in WRITTEN}
+        return {
+            "problem": vars(self.problem),
+            "prompt": self.prompt,
+            **{name: [getattr(plan, name) for plan in self.plans] for name in Plan._fields},
+            **{name: getattr(self, name) for name in COLUMNS},
+            "segments": {"node": [node for node, _ in written], **columns},
+            "leaves": [(leaf, {**vars(score), "verdict": vars(score.verdict)}) for leaf, score in self.leaves],
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Tree:
-        lists = {name: list(data[name]) for name in ("parent", "children", "visits", "values", "ends", "held", "spent")}
-        return cls(
+        tree = cls(
             problem=Problem(**data["problem"]),
             prompt=tuple(data["prompt"]),
-            plans=[Plan(tag, prior, Provenance(chosen)) for tag, prior, chosen in data["plans"]],
-            segments=[None if s is None else _segment(s) for s in data["segments"]],
+            plans=[
+                Plan(*plan) for plan in zip(data["tag"], data["prior"], map(Provenance, data["chosen"]), strict=True)
+            ],
             leaves=[(leaf, _score(score)) for leaf, score in data["leaves"]],
-            **lists,
+            **{name: list(data[name]) for name in COLUMNS},
         )
+        tree.children = [[] for _ in tree.parent]
+        for node, parent in enumerate(tree.parent[1:], 1):
+            tree.children[parent].append(node)
+        tree.segments = [None] * len(tree)
+        rows = zip(data["segments"]["node"], *(data["segments"][name] for name in WRITTEN), strict=True)
+        for node, tokens, logprobs, provenance, *others in rows:
+            tree.segments[node] = Segment(tree.tag(node), tuple(tokens), tuple(logprobs), tuple(provenance), *others)
+        return tree
 
 
-def _segment(data: Mapping[str, Any]) -> Segment:
-    rows = {name: tuple(data[name]) for name in ("tokens", "logprobs", "provenance")}
-    return Segment(**{**data, **rows})
+COLUMNS = ("parent", "visits", "values", "ends", "held", "spent")
+"""Lists of a tree that are written as they are."""
+
+WRITTEN = tuple(field.name for field in dataclasses.fields(Segment) if field.name != "tag")
+"""What is written of a segment: all but its tag, which is that of its plan."""
 
 
 def _score(data: Mapping[str, Any]) -> Score:

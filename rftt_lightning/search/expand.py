@@ -33,6 +33,9 @@ from rftt_lightning.core.tree import Plan, Tree
 COT = "cot"
 """Name of the prompt, and of the only segment, of a chain-of-thought answer."""
 
+RULES = ("uct", "puct")
+"""How :meth:`Tree.select` chooses among children."""
+
 NEVER = r"(?!)"
 """A regular expression that nothing matches."""
 
@@ -44,12 +47,13 @@ def seed_of(*parts: object) -> int:
 
 
 class Expander(ABC):
-    """Settings of a search: how many rollouts a problem, how leaves grow, how tokens are drawn. ``c`` is UCT's exploration
-    weight."""
+    """Settings of a search: how many rollouts a problem, how leaves grow, how tokens are drawn. ``rule`` is that of selection,
+    ``c`` its exploration weight (:meth:`Tree.select`)."""
 
     rollouts: int
     sampling: Sampling
     c: float
+    rule: str = "uct"
 
     def plant(self, problem: Problem, backend: Backend) -> Tree:
         """A tree with its root."""
@@ -57,7 +61,7 @@ class Expander(ABC):
 
     def select(self, tree: Tree) -> int | None:
         """Node at which the next rollout begins, None while there is none."""
-        return tree.select(self.c)
+        return tree.select(self.c, self.rule)
 
     @abstractmethod
     def ask(self, tree: Tree, node: int, backend: Backend, seed: int) -> Request:
@@ -82,7 +86,7 @@ class TokenExpander(Expander):
         width: most children of a node.
         mode: ``"tree"``, or ``"sample"``: independent rollouts from the root (the control arm).
         max_depth: segments of a path; max_tokens: response tokens of a path. A path that spends them is dead, value 0.
-        c: UCT's exploration weight.
+        c: exploration weight; rule: ``"uct"`` (the paper's, unvisited children first) or ``"puct"`` (priors weigh in).
     """
 
     def __init__(
@@ -96,17 +100,18 @@ class TokenExpander(Expander):
         max_depth: int = 18,
         max_tokens: int = 4096,
         c: float = 2.0,
+        rule: str = "uct",
     ) -> None:
-        for name, value, known in (("children", children, ("legal", "drawn")), ("mode", mode, ("tree", "sample"))):
-            if value not in known:
-                raise UserError(f"expander.{name} is {value!r}; use one of {', '.join(known)}")
+        _one_of("children", children, ("legal", "drawn"))
+        _one_of("mode", mode, ("tree", "sample"))
+        _one_of("rule", rule, RULES)
         _check(c, rollouts=rollouts, width=width, max_depth=max_depth, max_tokens=max_tokens)
         self.table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
         self.rollouts, self.sampling, self.children, self.width = rollouts, sampling, children, width
-        self.mode, self.max_depth, self.max_tokens, self.c = mode, max_depth, max_tokens, c
+        self.mode, self.max_depth, self.max_tokens, self.c, self.rule = mode, max_depth, max_tokens, c, rule
 
     def select(self, tree: Tree) -> int | None:
-        return 0 if self.mode == "sample" else tree.select(self.c)
+        return 0 if self.mode == "sample" else super().select(tree)
 
     def ask(self, tree: Tree, node: int, backend: Backend, seed: int) -> Request:
         prompt = tree.tokens(node)
@@ -150,6 +155,8 @@ class TokenExpander(Expander):
                 max(priors, key=priors.__getitem__): 1.0
             }  # all are rare: the backend, too, keeps the best
             draws = rng.choices(list(likely), list(likely.values()), k=self.width - 1)
+            if self.sampling.temperature == 0:  # a tag's second content would be the first again
+                draws = [tag for tag in dict.fromkeys(draws) if tag != taken.tag]
             rest = [Plan(tag, priors[tag], Provenance.SAMPLED) for tag in draws]
         return tree.plan(node, [first, *rest])[0]
 
@@ -166,7 +173,7 @@ class PromptExpander(Expander):
             null: only terminal actions end a path.
         sampling: how contents are drawn.
         max_depth: segments of a path; max_tokens: tokens of its contents. A path that spends them is dead, value 0.
-        c: UCT's exploration weight.
+        c: exploration weight; rule: ``"uct"`` (the paper's, unvisited children first) or ``"puct"`` (priors weigh in).
     """
 
     def __init__(
@@ -181,7 +188,9 @@ class PromptExpander(Expander):
         max_depth: int = 15,
         max_tokens: int = 4096,
         c: float = 2.0,
+        rule: str = "uct",
     ) -> None:
+        _one_of("rule", rule, RULES)
         _check(c, rollouts=rollouts, samples=samples, max_depth=max_depth, max_tokens=max_tokens)
         self.table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
         asked = {tag for row in self.table.prompted.values() for tag in row}
@@ -193,7 +202,7 @@ class PromptExpander(Expander):
             raise UserError(f"expander.final is no regular expression ({error}): {final}") from error
         self.prompts = read_prompts(prompts, sorted(asked))
         self.rollouts, self.samples, self.once, self.sampling = rollouts, samples, tuple(once), sampling
-        self.max_depth, self.max_tokens, self.c = max_depth, max_tokens, c
+        self.max_depth, self.max_tokens, self.c, self.rule = max_depth, max_tokens, c, rule
 
     def plant(self, problem: Problem, backend: Backend) -> Tree:
         tree = super().plant(problem, backend)
@@ -219,7 +228,10 @@ class PromptExpander(Expander):
 
     def _plan(self, tree: Tree, node: int, rng: random.Random) -> list[int]:
         tags = self.table.prompted[tree.tag(node)]
-        plans = [Plan(tag, 1 / len(tags)) for tag in tags for _ in range(1 if tag in self.once else self.samples)]
+        samples = (
+            self.samples if self.sampling.temperature > 0 else 1
+        )  # a second greedy sample would be the first again
+        plans = [Plan(tag, 1 / len(tags)) for tag in tags for _ in range(1 if tag in self.once else samples)]
         rng.shuffle(plans)
         return tree.plan(node, plans)
 
@@ -278,6 +290,11 @@ def dialogue(question: str, steps: Sequence[tuple[str, str]], prompts: Mapping[s
         if text is not None:
             turns.append(Message("assistant", text))
     return turns
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"expander.{name} is {value!r}; use one of {', '.join(known)}")
 
 
 def _check(c: float = 0.0, **counts: int) -> None:

@@ -55,6 +55,7 @@ class RLTrainer:
             policy that comes to write what cannot be judged, which dropping does not teach it to leave.
         validate_every, checkpoint_every: steps; keep: checkpoints kept.
         concurrency, parallel, decode_batch: trees that grow together, rollouts under way in one, rows decoded together.
+        cache_gb: GiB for the keys and values of prefixes while trees grow; given back before learning.
         seed: of sampling and of the shuffling into mini-batches; the problems' order has data.seed, added rows of the
             vocabulary model.seed. A step depends on these and on its number alone.
         accelerator, devices, num_nodes, strategy: of Fabric. Weights are whole on each device.
@@ -82,6 +83,7 @@ class RLTrainer:
         concurrency: int = 256,
         parallel: int = 1,
         decode_batch: int = 256,
+        cache_gb: float = 4.0,
         seed: int = 0,
         accelerator: str = "auto",
         devices: int | str = 1,
@@ -116,6 +118,7 @@ class RLTrainer:
         self.gradient_clip, self.drop_timed_out, self.validate_every = gradient_clip, drop_timed_out, validate_every
         self.checkpoint_every, self.folder = checkpoint_every, checkpoints.RunFolder(self.out, keep)
         self.concurrency, self.parallel, self.decode_batch, self.seed = concurrency, parallel, decode_batch, seed
+        self.cache_gb = cache_gb
         self.precision, self.callbacks = precision, callbacks or []
         self.fabric = Fabric(
             accelerator=accelerator,
@@ -177,7 +180,7 @@ class RLTrainer:
         data: ProblemDataModule,
         settings: dict[str, Any],
     ) -> None:
-        backend = HFBackend.live(model.model, model.tokenizer, model.table, self.decode_batch)
+        backend = HFBackend.live(model.model, model.tokenizer, model.table, self.decode_batch, self.cache_gb)
         with _signals(self), self._progress() as bar:
             task = bar.add_task("rl", total=self.max_steps, completed=first, rates="")
             for step in range(first, self.max_steps):
@@ -208,7 +211,7 @@ class RLTrainer:
         self.fabric.setup(model)
         if ckpt_path and (path := self.folder.choose(ckpt_path)):
             self._load(path, model, checkpoints.read(path, "settings", self.fabric.device))
-        backend = HFBackend.live(model.model, model.tokenizer, model.table, self.decode_batch)
+        backend = HFBackend.live(model.model, model.tokenizer, model.table, self.decode_batch, self.cache_gb)
         metrics, _ = self._validate(backend, datamodule)
         self.fabric.print(json.dumps({name: round(value, 4) for name, value in metrics.items()}))
 
@@ -304,7 +307,9 @@ class RLTrainer:
             progress=progress,
         )
         with self.fabric.autocast():  # the trees grow here
-            return [tree for _, tree in sorted(grown, key=lambda pair: pair[0])]
+            trees = [tree for _, tree in sorted(grown, key=lambda pair: pair[0])]
+        backend.release()
+        return trees
 
     def _learn(self, step: int, module: Any, model: RLModule, optimizer: Any, batch: RLBatch) -> dict[str, float]:
         """Shuffled mini-batches, one optimizer update each, accumulated over micro-batches."""

@@ -68,9 +68,15 @@ def test_each_tree_gets_its_rollouts_or_is_spent(expander, parallel):
 
 @pytest.mark.parametrize("concurrency, parallel", [(1, 1), (4, 1), (4, 3), (100, 4)])
 def test_batches_are_as_wide_as_allowed_and_rounds_never_share_a_node(expander, concurrency, parallel):
-    """One backend call a round; in it at most ``parallel`` requests of a tree, all at different nodes."""
+    """In one backend call there are at most ``parallel`` requests of a tree, all at different nodes."""
     rounds: list[list[tuple[str, int]]] = [[]]
-    backend = ScriptedBackend(TABLE)
+
+    class SpyBackend(ScriptedBackend):
+        def generate(self, requests):
+            rounds.append([])
+            return super().generate(requests)
+
+    backend = SpyBackend(TABLE)
 
     class Spy:
         rollouts, c = expander.rollouts, expander.c
@@ -86,9 +92,8 @@ def test_batches_are_as_wide_as_allowed_and_rounds_never_share_a_node(expander, 
         backend=backend,
         concurrency=concurrency,
         parallel=parallel,
-        tick=lambda progress: rounds.append([]),
     )
-    rounds.pop()
+    assert rounds.pop() == []
     assert [len(r) for r in rounds] == [len(batch) for batch in backend.batches]
     for asked in rounds:
         trees = Counter(problem for problem, _ in asked)

@@ -1,0 +1,101 @@
+"""What all backends have in common that hold a tokenizer: chat template, grammar over ids, text of ids."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from rftt_lightning.core.contracts import (
+    QUESTION,
+    Backend,
+    Completion,
+    Finish,
+    Message,
+    Request,
+    Segment,
+    UserError,
+)
+from rftt_lightning.core.tokens import TokenTable
+from rftt_lightning.policy.vocab import Vocabulary
+
+NOTHING = TokenTable((), {QUESTION: ()}, {QUESTION: ()})
+"""The table of a model that knows no functional tokens."""
+
+
+class TokenizedBackend(Backend):
+    """A backend that speaks token ids. ``width`` is that of the logits, ``ends`` are the ids that end the assistant's turn,
+    ``limit`` the positions that the model has."""
+
+    def _bind(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        table: TokenTable,
+        width: int,
+        ends: Sequence[int],
+        limit: int,
+        batch_size: int,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"backend.batch_size is {batch_size}; it must be at least 1")
+        known = tokenizer.get_vocab()
+        taught = any(tag in known for tag in table.tags)  # a base model writes free text only
+        self.tokenizer, self.tokens, self.ends, self.limit, self.batch_size = tokenizer, table, ends, limit, batch_size
+        self.vocabulary = Vocabulary(tokenizer, table if taught else NOTHING, width, ends)
+        self._chat = lru_cache(maxsize=1 << 16)(self._template)
+
+    def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        return self._chat(tuple(messages))
+
+    def _template(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
+        turns = [message._asdict() for message in messages]
+        try:
+            ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        except (ValueError, TemplateError) as error:
+            raise UserError(
+                f"the tokenizer's chat template does not take these messages ({' '.join(str(error).split())[:200]}); "
+                "use an instruct model, or set its chat_template"
+            ) from error
+        return tuple(ids)
+
+    def check(self, request: Request) -> None:
+        """Raise :class:`UserError` if the model cannot answer it."""
+        if not request.prompt or request.max_tokens < 1:
+            raise UserError("a request needs a prompt and max_tokens >= 1")
+        if request.after is None:
+            return
+        if not self.vocabulary.names:
+            raise UserError(
+                f"the model's tokenizer has no functional token {self.tokens.tags[0]}, so it cannot choose any; "
+                "use an SFT model, or add them with `rftt tokens --model … --save …`"
+            )
+        legal = self.tokens.legal(request.after)
+        if not legal or (request.force and request.force not in legal):
+            raise UserError(
+                f"the grammar lets {', '.join(legal) or 'nothing'} follow {request.after!r}, not {request.force!r}; give the "
+                "backend the table (and mask) that the requests were made with"
+            )
+
+    def unwritten(self, request: Request) -> Completion:
+        """The answer where the context leaves no room: a segment that is cut before its first token."""
+        if request.after is not None and request.force is None:
+            raise UserError(
+                f"a question of {len(request.prompt)} tokens does not fit the model's {self.limit} positions; leave it out"
+            )
+        warnings.warn(
+            f"a context of {len(request.prompt)} tokens fills the model's {self.limit} positions", stacklevel=2
+        )
+        segment = Segment(request.force or "", (), (), (), "", False, {}, self.version)
+        return Completion((segment,), finish=Finish.CONTEXT)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, named: int | Sequence[int] | None = None) -> list[int]:
+    """Ids that end the assistant's turn: the tokenizer's, and those that a generation config names."""
+    ids = [named] if isinstance(named, int) else list(named or [])
+    return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
