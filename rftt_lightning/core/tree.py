@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from rftt_lightning.core.contracts import QUESTION, Problem, Provenance, Rollout, Score, Segment, Status, Verdict
@@ -52,18 +53,23 @@ class Tree:
 
     # -- where to go ---------------------------------------------------------------------------------------------------
 
-    def uct(self, node: int, c: float) -> float:
+    def uct(self, siblings: Sequence[int], c: float) -> list[float]:
         """Q/N + c sqrt(ln N(parent) / N(child)), rollouts under way counted as visits of value 0 (arXiv 2502.13389, eq. 2)."""
-        visits = self.visits[node] + self.held[node]
-        parent = self.visits[self.parent[node]] + self.held[self.parent[node]]
-        return self.values[node] / visits + c * math.sqrt(math.log(parent) / visits)
+        parent = self.parent[siblings[0]]
+        log = math.log(self.visits[parent] + self.held[parent])
+        counts = [self.visits[k] + self.held[k] for k in siblings]
+        return [self.values[k] / n + c * math.sqrt(log / n) for k, n in zip(siblings, counts, strict=True)]
 
-    def puct(self, node: int, c: float) -> float:
+    def puct(self, siblings: Sequence[int], c: float) -> list[float]:
         """Q/N + c P sqrt(N(parent)) / (1 + N(child)), P the prior (arXiv 1712.01815, with constant c); Q/N of a child that was
         never visited is 0."""
-        visits = self.visits[node] + self.held[node]
-        parent = self.visits[self.parent[node]] + self.held[self.parent[node]]
-        return self.values[node] / max(visits, 1) + c * self.plans[node].prior * math.sqrt(parent) / (1 + visits)
+        parent = self.parent[siblings[0]]
+        root = math.sqrt(self.visits[parent] + self.held[parent])
+        counts = [self.visits[k] + self.held[k] for k in siblings]
+        return [
+            self.values[k] / max(n, 1) + c * self.plans[k].prior * root / (1 + n)
+            for k, n in zip(siblings, counts, strict=True)
+        ]
 
     def select(self, c: float, rule: str = "uct", node: int = 0) -> int | None:
         """The node at or below ``node`` at which the next rollout begins.
@@ -73,15 +79,15 @@ class Tree:
         the best child is held by rollouts under way, the next best is tried; None while nothing is free.
         """
         segments, held, spent = self.segments, self.held, self.spent
-        fresh = [k for k in self.children[node] if segments[k] is None and not held[k]]
-        known = [k for k in self.children[node] if segments[k] is not None and not spent[k]]
-        if rule == "puct":
-            ranked = sorted(fresh + known, key=lambda k: self.puct(k, c), reverse=True)
-        elif fresh:
-            return fresh[0]
-        else:
-            ranked = known if len(known) < 2 else sorted(known, key=lambda k: self.uct(k, c), reverse=True)
-        for child in ranked:
+        free = [k for k in self.children[node] if not (held[k] if segments[k] is None else spent[k])]
+        if rule == "uct":
+            fresh = [k for k in free if segments[k] is None]
+            if fresh:
+                return fresh[0]
+        if len(free) > 1:
+            worth = self.uct(free, c) if rule == "uct" else self.puct(free, c)
+            free = [k for _, k in sorted(zip(worth, free, strict=True), key=itemgetter(0), reverse=True)]
+        for child in free:
             found = child if segments[child] is None else self.select(c, rule, child)
             if found is not None:
                 return found
@@ -97,19 +103,19 @@ class Tree:
 
     def plan(self, node: int, plans: Iterable[Plan]) -> list[int]:
         """Add children without segments below ``node``, in order of preference; returns their numbers."""
-        added = []
-        for plan in plans:
-            added.append(len(self.parent))
-            self.children[node].append(len(self.parent))
-            self.parent.append(node)
-            self.children.append([])
-            self.plans.append(plan)
-            self.segments.append(None)
-            self.visits.append(0)
-            self.values.append(0.0)
-            self.ends.append(None)
-            self.held.append(0)
-            self.spent.append(False)
+        plans = list(plans)
+        count = len(plans)
+        added = list(range(len(self.parent), len(self.parent) + count))
+        self.children[node] += added
+        self.parent += [node] * count
+        self.children += [[] for _ in plans]
+        self.plans += plans
+        self.segments += [None] * count
+        self.visits += [0] * count
+        self.values += [0.0] * count
+        self.ends += [None] * count
+        self.held += [0] * count
+        self.spent += [False] * count
         return added
 
     def fill(self, node: int, segment: Segment) -> None:

@@ -196,7 +196,7 @@ class Batch:
         self.gaps: list[int] = []
         self.written = np.zeros((size, AHEAD, 2 + len(self.opens)), np.float32)  # token, log-prob, tags' log-probs [F]
         self.waiting: deque[tuple[int, Request]] = deque()
-        self.cold: list[_Entry] = []  # those whose prompts wait to be read together
+        self.cold: list[tuple[int, Request]] = []  # those whose prompts wait to be read together
         self.last_read = usage.steps
         self.draws: _Draws | None = None
 
@@ -211,7 +211,7 @@ class Batch:
         free = self.size - len(self)
         warm: list[_Entry] = []
         twins: list[tuple[int, Request]] = []
-        reading = {entry.request.prompt for entry in self.cold}
+        reading = {request.prompt for _, request in self.cold}
         while len(warm) < free and len(self.cold) < self.size:
             if not self.waiting:
                 self.waiting.extend(more(free - len(warm)))
@@ -222,8 +222,10 @@ class Batch:
                 twins.append((number, request))
                 continue
             entry = self._entry(number, request)
-            (warm if entry.unread == 1 else self.cold).append(entry)
-            if entry.unread > 1:
+            if entry.unread == 1:
+                warm.append(entry)
+            else:
+                self.cold.append((number, request))
                 reading.add(request.prompt)
         full = len(warm) == free or len(self.cold) >= self.size
         share, steps = COMPANY
@@ -237,9 +239,14 @@ class Batch:
         if read:
             self.last_read = self.usage.steps
             self._close_up()
-            read.sort(key=lambda entry: entry.unread)
-            self._place(read)
-            self._read(read)
+            # The first prompt of all goes alone: what it shares with the others, a system prompt or examples, is then known.
+            alone = 1 if self.prefixes.empty else 0
+            for part in (read[:alone], read[alone:]):
+                # What was known when they came may have been given up since, and more may be known.
+                entries = sorted((self._entry(*item) for item in part), key=lambda entry: entry.unread)
+                if entries:
+                    self._place(entries)
+                    self._read(entries)
         return full or bool(twins)
 
     def _entry(self, number: int, request: Request) -> _Entry:
@@ -285,7 +292,11 @@ class Batch:
         free = request.after is None
         force = -1 if free or request.force is None else vocabulary.names.index(request.force)
         self.requests[place] = entry.number, request
-        token, state, written = request.prompt[-1], 0 if request.after is None else vocabulary.boundary(request.after), 0
+        token, state, written = (
+            request.prompt[-1],
+            0 if request.after is None else vocabulary.boundary(request.after),
+            0,
+        )
         if entry.tags is not None:  # the forced token is there without a forward pass
             self.written[place, 0, :2] = self.opens_F[force], entry.tags[force]
             self.written[place, 0, 2:] = entry.tags
@@ -318,7 +329,8 @@ class Batch:
         unread = [entry.unread - 1 for entry in entries]
         for end in range(1, len(entries) + 1):
             if end == len(entries) or unread[end] * (end + 1 - begin) > PADDING * sum(unread[begin : end + 1]):
-                self._read_together(entries[begin:end], first + begin, unread[end - 1])
+                if unread[end - 1]:
+                    self._read_together(entries[begin:end], first + begin, unread[end - 1])
                 begin = end
         self._remember(range(first, first + len(entries)))
 

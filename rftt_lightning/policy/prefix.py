@@ -65,6 +65,11 @@ class PrefixCache:
         size = 0 if self.keys_YNHD is None else self.keys_YNHD.shape[1]
         return (size - len(self.free)) * self.slot_bytes
 
+    @property
+    def empty(self) -> bool:
+        """Could something be known, and nothing is?"""
+        return bool(self.budget) and not self.root.children
+
     def match(self, tokens: Sequence[int]) -> np.ndarray:
         """Slots of the longest known beginning of ``tokens``."""
         edge, shared, _ = self._walk(tokens)
@@ -90,11 +95,11 @@ class PrefixCache:
         if known in tags:
             edge.tags[shared, temperature] = tags[known]
         new = len(tokens) - known
+        if new and shared < len(edge.tokens):
+            edge = self._split(edge, shared)
         if not new or not self._make_room(new, edge):
             return np.empty(0, np.int64)
         slots, self.free = self.free[:new], self.free[new:]
-        if shared < len(edge.tokens):
-            edge = self._split(edge, shared)
         child = edge.children[tokens[known]] = _Edge(tokens[known:], slots, edge)
         child.tags = {(read - known, temperature): logp_F for read, logp_F in tags.items() if read > known}
         self._touch(child)

@@ -88,7 +88,7 @@ def test_backup_is_a_recount_from_the_leaves(seed, rollouts):
         assert tree.visits[node] == len(through)
         assert tree.values[node] == pytest.approx(sum(through))
         if node and tree.visits[node]:
-            assert tree.uct(node, 2.0) == pytest.approx(uct_by_recount(tree, node, 2.0))
+            assert tree.uct([node], 2.0)[0] == pytest.approx(uct_by_recount(tree, node, 2.0))
 
 
 @given(st.integers(0, 10**6))
@@ -122,10 +122,10 @@ def test_held_nodes_are_visits_of_value_zero():
         tree.backup(leaf, score(value))
     d = tree.children[a][1]
     tree.hold(d)
-    assert tree.uct(a, 2.0) == pytest.approx(1 / 2 + 2 * math.sqrt(math.log(3) / 2))
-    assert tree.uct(b, 2.0) == pytest.approx(0 / 1 + 2 * math.sqrt(math.log(3) / 1))
+    assert tree.uct([a], 2.0)[0] == pytest.approx(1 / 2 + 2 * math.sqrt(math.log(3) / 2))
+    assert tree.uct([b], 2.0)[0] == pytest.approx(0 / 1 + 2 * math.sqrt(math.log(3) / 1))
     tree.hold(d, -1)
-    assert tree.uct(a, 2.0) == pytest.approx(1 + 2 * math.sqrt(math.log(2)))
+    assert tree.uct([a], 2.0)[0] == pytest.approx(1 + 2 * math.sqrt(math.log(2)))
     tree.check()
 
 
