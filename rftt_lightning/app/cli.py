@@ -19,6 +19,7 @@ COMMANDS = {
     "tokens": ("rftt_lightning.app.tokens", "functional tokens in a model's vocabulary: ids, norms, probabilities"),
     "search": ("rftt_lightning.app.search", "grow a tree for every problem of a source"),
     "curate": ("rftt_lightning.app.curate", "make annotated paths for SFT from trees"),
+    "store": ("rftt_lightning.app.store", "list, show, export and merge what search and curate stored"),
     "sft": ("rftt_lightning.app.sft", "fine-tune a model on annotated paths"),
     "rl": ("rftt_lightning.app.rl", "reinforcement learning by functional-token-guided tree search"),
     "evaluate": ("rftt_lightning.app.evaluate", "accuracy, greedy and with n rollouts, with intervals and costs"),

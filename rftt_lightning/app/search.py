@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from rftt_lightning.app.command import run_command
+from rftt_lightning.app.plan import PLAN, Costs, predict, table
 from rftt_lightning.core.contracts import Backend, Problem, ProblemSource, Reward, Status, UserError
 from rftt_lightning.core.tree import Tree
 from rftt_lightning.search import driver
@@ -39,7 +41,10 @@ def search(
     seed: int = 0,
     concurrency: int = 128,
     parallel: int = 1,
+    limits: driver.Limits = driver.Limits(),
     overwrite: bool = False,
+    plan: bool = False,
+    plan_seconds: float = 60.0,
 ) -> None:
     """Grow one search tree per problem and store it.
 
@@ -54,18 +59,34 @@ def search(
         seed: of all sampling; a tree depends on it and on its problem alone.
         concurrency: trees that grow together.
         parallel: rollouts under way in one tree.
+        limits: tokens and seconds after which a tree begins no further rollout; null: none but the expander's rollouts.
         overwrite: begin anew instead of continuing.
+        plan: predict calls, tokens, memory and time from a short calibration, and grow nothing; the search itself then shows what
+            was predicted beside what it took.
+        plan_seconds: for how long the calibration begins rollouts.
     """
     for other in held_out:
         refuse_overlap(source.problems(), other.problems(), allow_overlap=allow_overlap)
-    settings = {"seed": seed, "concurrency": concurrency, "parallel": parallel, "overwrite": overwrite}
-    costs = grow_into(out, source, backend, expander, reward, **settings)
-    summary = {**summarise(stored(out, source)), **costs}
-    (Path(out) / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    table = Table("", "", title=f"search of {summary['problems']} problems", show_header=False)
+    settings: dict[str, Any] = {"seed": seed, "concurrency": concurrency, "parallel": parallel, "limits": limits}
+    folder = Path(out)
+    if plan:
+        predicted, found = predict(source, backend, expander, reward, seconds=plan_seconds, **settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / PLAN).write_text(json.dumps(predicted.to_json(), indent=2) + "\n", encoding="utf-8")
+        Console().print(
+            table(f"plan of a search of {len(source.problems())} problems", calibration=found, predicted=predicted)
+        )
+        return
+    costs = grow_into(out, source, backend, expander, reward, overwrite=overwrite, **settings)
+    summary = {**summarise(stored(out, source)), **costs.to_json()}
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    found_table = Table("", "", title=f"search of {summary['problems']} problems", show_header=False)
     for name, value in summary.items():
-        table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
-    Console().print(table)
+        if name != "costs":
+            found_table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
+    Console().print(found_table)
+    known = {"predicted": planned} if (planned := Costs.read(folder / PLAN)) else {}
+    Console().print(table("costs", **known, real=costs))
     print(f"trees: {out}")
 
 
@@ -73,7 +94,7 @@ def harvest(
     source: ProblemSource, backend: Backend, expander: Expander, reward: Reward, folder: str | Path, **settings: Any
 ) -> tuple[list[Tree], float]:
     """:func:`grow_into`, and then all the trees, in the order of the source, and the seconds that growing them took."""
-    seconds = grow_into(folder, source, backend, expander, reward, **settings)["seconds"]
+    seconds = grow_into(folder, source, backend, expander, reward, **settings).seconds
     order = {problem.id: number for number, problem in enumerate(source.problems())}
     trees = sorted(stored(folder, source), key=lambda tree: order[tree.problem.id])
     return trees, seconds * len(trees) / size(folder, "trees")
@@ -89,14 +110,15 @@ def grow_into(
     seed: int,
     concurrency: int,
     parallel: int = 1,
+    limits: driver.Limits = driver.Limits(),
     overwrite: bool = False,
-) -> dict[str, float]:
+) -> Costs:
     """Grow the trees that a store still lacks, and store each as soon as it is finished. SIGTERM stops it as Ctrl-C does.
-    Returns seconds of search over all runs, interrupted ones included, and rates of the last that grew anything."""
+    Returns the costs over all runs, interrupted ones included."""
     problems, progress, summary = source.problems(), driver.Progress(), Path(folder) / SUMMARY
-    store = Store(
-        folder, "trees", _settings(source, expander, reward, backend, seed, parallel), overwrite, backend.version
-    )
+    before = copy.deepcopy(backend.usage)
+    settings = _settings(source, expander, reward, backend, seed, parallel, limits)
+    store = Store(folder, "trees", settings, overwrite, backend.version)
     todo = [problem for problem in problems if not _known(problem, store)]
     if overwrite:
         summary.unlink(missing_ok=True)
@@ -111,6 +133,7 @@ def grow_into(
             seed=seed,
             concurrency=concurrency,
             parallel=parallel,
+            limits=limits,
             progress=progress,
             tick=lambda p: bar.update(task, rates=_rates(p)),
         )
@@ -119,7 +142,7 @@ def grow_into(
                 store.add(tree.problem.id, tree.to_json())
                 bar.advance(task)
         finally:
-            costs = _costs(summary, progress)
+            costs = _costs(summary, Costs.of(progress, backend.usage, before))
     return costs
 
 
@@ -142,12 +165,19 @@ def stored(folder: str | Path, source: ProblemSource) -> Iterator[Tree]:
 
 
 def _settings(
-    source: ProblemSource, expander: Expander, reward: Reward, backend: Backend, seed: int, parallel: int
+    source: ProblemSource,
+    expander: Expander,
+    reward: Reward,
+    backend: Backend,
+    seed: int,
+    parallel: int,
+    limits: driver.Limits,
 ) -> dict[str, Any]:
     """What the trees of one store must have in common; which problems they are of may differ."""
     return {
         "seed": seed,
         "parallel": parallel,
+        "limits": asdict(limits),
         "source": type(source).__qualname__,
         "expander": describe(expander),
         "reward": describe(reward),
@@ -212,17 +242,13 @@ def summarise(trees: Iterable[Tree]) -> dict[str, Any]:
     }
 
 
-def _costs(path: Path, progress: driver.Progress) -> dict[str, float]:
-    """Seconds and rates of the summary at ``path``, to which a run that made any rollout adds its own."""
-    names, summary, seconds = ("seconds", "trees_per_second", "tokens_per_second"), {}, progress.seconds
-    if path.exists():
-        with suppress(ValueError):  # torn by a kill
-            summary = json.loads(path.read_text(encoding="utf-8"))
-    if progress.rollouts:
-        total = round(summary.get("seconds", 0.0) + seconds, 3)
-        summary |= dict(zip(names, (total, progress.trees / seconds, progress.tokens / seconds), strict=True))
-        path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return {name: summary.get(name, 0.0) for name in names}
+def _costs(path: Path, costs: Costs) -> Costs:
+    """Costs in the summary at ``path``, to which those of a run that made any rollout are added."""
+    known = Costs.read(path) or Costs()
+    if costs.rollouts:
+        known += costs
+        path.write_text(json.dumps(known.to_json(), indent=2) + "\n", encoding="utf-8")
+    return known
 
 
 def main(args: list[str]) -> int | None:

@@ -206,9 +206,10 @@ class Usage:
 
     ``calls`` of the model (forward passes, or requests to a server), of which ``steps`` decode one token for each of their
     ``rows`` (rows is summed over the steps, so rows / steps is the mean batch); ``reused`` prompt positions were taken from a
-    cache. Keys and values of a position take ``position_bytes``, those of all at most ``cache_bytes`` so far (0 where they
-    are elsewhere). ``seconds`` of work by name: ``model`` forward passes, ``choose`` masking and drawing tokens (on a GPU
-    the waiting for both), ``copy`` moving keys and values. ``failures`` counts by name what was tried again.
+    cache. Keys and values of a position take ``position_bytes``, those of all at most ``cache_bytes`` so far, of which those
+    kept for reuse may take ``cache_budget`` (all 0 where they are elsewhere). ``seconds`` of work by name: ``model`` forward
+    passes, ``choose`` masking and drawing tokens (on a GPU the waiting for both), ``copy`` moving keys and values.
+    ``failures`` counts by name what was tried again.
     """
 
     calls: int = 0
@@ -217,6 +218,7 @@ class Usage:
     reused: int = 0
     position_bytes: int = 0
     cache_bytes: int = 0
+    cache_budget: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     failures: Counter[str] = field(default_factory=Counter)
 

@@ -87,7 +87,8 @@ class HFBackend(TokenizedBackend):
         limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         self._bind(tokenizer, table, width, ends, limit, batch_size)
         self.model, self.version, self.closes = model, 0, frozenset(self.vocabulary.closes)
-        self._prefixes = PrefixCache(int(cache_gb * 2**30))
+        self.usage.cache_budget = int(cache_gb * 2**30)
+        self._prefixes = PrefixCache(self.usage.cache_budget)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         return collect(self, requests)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ class Samples(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if writer := _writer(trainer):
-            paths = [trajectory.steps for trajectory in trainer.datamodule.train]
+            paths = (trajectory.steps for trajectory in trainer.datamodule.train)
             log_use(writer, "data", paths, pl_module.table, trainer.global_step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -45,9 +46,12 @@ class Samples(Callback):
         whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
         if writer is None or not whole or trainer.sanity_checking:
             return
-        seen = {trajectory.problem.id: trajectory.problem for trajectory in trainer.datamodule.validation}
-        problems = list(seen.values())[: self.count]
-        answered = self.answer(pl_module, problems)
+        problems: dict[str, Problem] = {}
+        for trajectory in trainer.datamodule.validation:  # read from the disk, as far as need be
+            problems.setdefault(trajectory.problem.id, trajectory.problem)
+            if len(problems) >= self.count:
+                break
+        answered = self.answer(pl_module, list(problems.values()))
         log_use(writer, "samples", [path for _, path in answered], pl_module.table, trainer.global_step)
         for i, (problem, path) in enumerate(answered[: self.shown]):
             text = f"{problem.question}\n\n{pl_module.table.render(path)}\n\n(gold: {problem.answer})"
@@ -112,15 +116,19 @@ class ExportHF(Callback):
         return weights
 
 
-def log_use(writer: SummaryWriter, name: str, paths: Sequence[Sequence[Step]], table: TokenTable, step: int) -> None:
+def log_use(writer: SummaryWriter, name: str, paths: Iterable[Sequence[Step]], table: TokenTable, step: int) -> None:
     """Uses of each functional token an answer, and their histogram by place in the table."""
-    used = [table.names.index(tag) for path in paths for tag, _ in path]
+    used, answers = Counter[str](), 0
+    for path in paths:
+        used.update(tag for tag, _ in path)
+        answers += 1
     if not used:
         return
-    for i, tag in enumerate(table.names):
-        writer.add_scalar(f"functional_tokens_{name}/{tag}", used.count(i) / len(paths), step)
+    for tag in table.names:
+        writer.add_scalar(f"functional_tokens_{name}/{tag}", used[tag] / answers, step)
+    places = torch.arange(len(table.names)).repeat_interleave(torch.tensor([used[tag] for tag in table.names]))
     bins = [i - 0.5 for i in range(len(table.names) + 1)]
-    writer.add_histogram(f"functional_tokens/{name}", torch.tensor(used), step, bins=bins)
+    writer.add_histogram(f"functional_tokens/{name}", places, step, bins=bins)
 
 
 def _writer(trainer: Trainer) -> SummaryWriter | None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import random
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -95,11 +96,31 @@ class Encoder:
         return Example((*tokens, self.tokenizer.eos_token_id), (*loss, True), (*functional, False))
 
 
-def encode_all(
-    trajectories: Sequence[Trajectory], encoder: Encoder, max_length: int
-) -> tuple[list[Example], Counter[str]]:
+class Examples:
+    """Many examples in 6 bytes a token, where an :class:`Example` takes some 50; it is made when it is asked for."""
+
+    def __init__(self) -> None:
+        self.tokens, self.loss, self.functional, self.ends = array("i"), bytearray(), bytearray(), array("q", [0])
+
+    def append(self, example: Example) -> None:
+        self.tokens.extend(example.tokens)
+        self.loss.extend(example.loss)
+        self.functional.extend(example.functional)
+        self.ends.append(len(self.tokens))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> Example:
+        place = range(len(self))[index]
+        part = slice(self.ends[place], self.ends[place + 1])
+        flags = (tuple(map(bool, flags[part])) for flags in (self.loss, self.functional))
+        return Example(tuple(self.tokens[part]), *flags)
+
+
+def encode_all(trajectories: Iterable[Trajectory], encoder: Encoder, max_length: int) -> tuple[Examples, Counter[str]]:
     """Examples, and how many were ``kept``, dropped as ``too_long`` (over ``max_length`` tokens), or as ``tag_in_text``."""
-    examples, counts = [], Counter(kept=0, too_long=0, tag_in_text=0)
+    examples, counts = Examples(), Counter(kept=0, too_long=0, tag_in_text=0)
     for trajectory in trajectories:
         example = encoder(trajectory)
         fate = "tag_in_text" if example is None else "too_long" if len(example) > max_length else "kept"
@@ -137,7 +158,7 @@ class Batches:
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Example] | Examples,
         size: int,
         max_tokens: int | None = None,
         packed: bool = False,
@@ -193,8 +214,12 @@ class Batches:
                 groups.append([i])
         return groups
 
+    @cached_property
+    def _lengths(self) -> list[int]:
+        return [len(self.examples[i]) for i in range(len(self.examples))]
+
     def _cost(self, group: Sequence[int]) -> int:
-        lengths = [len(self.examples[i]) for i in group]
+        lengths = [self._lengths[i] for i in group]
         return sum(lengths) if self.packed else max(lengths) * len(lengths)
 
     def _order(self, epoch: int, count: int) -> list[int]:
@@ -218,8 +243,24 @@ class Batches:
         self.epoch, self.done = state["epoch"], state["done"]
 
 
+@dataclass(frozen=True)
+class Part:
+    """The trajectories of a store whose problems are kept for validation, or the others. Each pass reads them from the store
+    anew, one at a time."""
+
+    folder: str
+    fraction: float
+    validation: bool
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        for trajectory in read_trajectories(self.folder):
+            if (share_of(trajectory.problem.id) < self.fraction) == self.validation:
+                yield trajectory
+
+
 class TreeDataModule(lightning.LightningDataModule):
-    """Trajectories that curation made from trees. Its trainer's module brings tokenizer and token table.
+    """Trajectories that curation made from trees. Its trainer's module brings tokenizer and token table. They are read one at
+    a time and kept as ids, 6 bytes a token.
 
     The effective batch of an optimizer step is ``batch_size * trainer.accumulate_grad_batches * devices``.
 
@@ -257,20 +298,17 @@ class TreeDataModule(lightning.LightningDataModule):
         self.folder, self.batch_size, self.max_tokens, self.packing = folder, batch_size, max_tokens, packing
         self.max_length, self.val_fraction, self.seed = max_length, val_fraction, seed
         self.held_out = [] if allow_overlap else held_out
-        self.train: list[Trajectory] = []
-        self.validation: list[Trajectory] = []
+        self.train, self.validation = Part(folder, val_fraction, False), Part(folder, val_fraction, True)
         self._order: Batches | None = None
         self._resumed: dict[str, int] | None = None
 
     def setup(self, stage: str) -> None:
-        trajectories = list(read_trajectories(self.folder))
-        if not trajectories:
+        if next(read_trajectories(self.folder), None) is None:
             raise UserError(f"{self.folder} holds no trajectories; make some with `rftt curate --out {self.folder}`")
-        for other in self.held_out:
-            refuse_overlap([t.problem for t in trajectories], other.problems())
-        held_out = [share_of(t.problem.id) < self.val_fraction for t in trajectories]
-        self.train = [t for t, held in zip(trajectories, held_out, strict=True) if not held]
-        self.validation = [t for t, held in zip(trajectories, held_out, strict=True) if held]
+        if self.held_out:
+            questions = {t.problem.question: t.problem for t in read_trajectories(self.folder)}
+            for other in self.held_out:
+                refuse_overlap(list(questions.values()), other.problems())
 
     def train_dataloader(self) -> Batches:
         self._order = self._batches("train", self.train, shuffle=True)
@@ -279,7 +317,8 @@ class TreeDataModule(lightning.LightningDataModule):
         return self._order
 
     def val_dataloader(self) -> Batches | list[Any]:
-        return self._batches("validation", self.validation, shuffle=False) if self.validation else []
+        kept = self.val_fraction > 0 and any(True for _ in self.validation)
+        return self._batches("validation", self.validation, shuffle=False) if kept else []
 
     # Lightning restores a stateful loader itself, but not if the loader was already asked for its length (as schedules do).
 
@@ -291,7 +330,7 @@ class TreeDataModule(lightning.LightningDataModule):
         if self._order:
             self._order.load_state_dict(state_dict)
 
-    def _batches(self, name: str, trajectories: Sequence[Trajectory], shuffle: bool) -> Batches:
+    def _batches(self, name: str, trajectories: Iterable[Trajectory], shuffle: bool) -> Batches:
         trainer, module = self.trainer, self.trainer.lightning_module
         examples, counts = encode_all(trajectories, Encoder(module.tokenizer, module.table), self.max_length)
         rank_zero_info(f"{name} trajectories: " + ", ".join(f"{count} {fate}" for fate, count in counts.items()))

@@ -32,7 +32,7 @@ class Source(ScriptedSource):
 
 
 class Fast(ScriptedBackend):
-    calls = 0
+    calls, batch_size = 0, 20
 
     def __init__(self, name: str = "scripted") -> None:
         super().__init__()
@@ -102,8 +102,11 @@ def test_every_problem_gets_a_tree_and_every_rollout_a_verdict(config, tmp_path,
     )
     assert summary["rollout_accuracy"] == sum(r.score.verdict.right for r in rollouts) / len(rollouts)
     assert summary["any_right"] == sum(any(r.score.verdict.right for r in t.rollouts()) for t in grown.values()) / COUNT
-    assert summary["seconds"] > 0 and summary["trees_per_second"] > 0 and summary["tokens_per_second"] > 0
-    assert "rollout_accuracy" in capsys.readouterr().out
+    costs = summary["costs"]
+    assert costs["trees"] == COUNT and costs["rollouts"] == len(rollouts) and costs["seconds"] > 0
+    assert costs["tokens"] == summary["generated_tokens"] <= costs["computed"] and 0 < costs["idle"] < 1
+    shown = capsys.readouterr().out
+    assert "rollout_accuracy" in shown and "model idle" in shown and "predicted" not in shown
     for tree in grown.values():
         for node in range(1, len(tree)):
             assert tree.tag(node) in TABLE.prompted[tree.tag(tree.parent[node])]
@@ -144,7 +147,7 @@ def test_seconds_of_an_interrupted_search_count(config, tmp_path, monkeypatch):
             yield grown
 
     def seconds() -> float:
-        return json.loads((tmp_path / "out" / "summary.json").read_text())["seconds"]
+        return json.loads((tmp_path / "out" / "summary.json").read_text())["costs"]["seconds"]
 
     monkeypatch.setattr(Progress, "seconds", 5.0)
     with monkeypatch.context() as patch:
@@ -161,6 +164,45 @@ def test_functional_tokens_work_in_place_of_prompts(config, tmp_path):
     for tree in trees(tmp_path / "out").values():
         for rollout in tree.rollouts():
             assert TABLE.is_legal(step.tag for step in rollout.steps)
+
+
+def test_a_tree_begins_no_rollout_beyond_its_limits(config, tmp_path):
+    """In tokens exactly, and the same whatever grows beside it; in seconds at least one rollout is made."""
+    few = ["--limits.tokens", 8]
+    assert search(config, *few) == 0
+    assert search(config, *few, "--out", tmp_path / "alone", "--concurrency", 1) == 0
+    limited = trees(tmp_path / "out")
+    assert limited == trees(tmp_path / "alone")
+    assert search(config, "--out", tmp_path / "whole") == 0
+    for name, whole in trees(tmp_path / "whole").items():
+        spent, rollouts = 0, 0
+        seen: set[int] = set()
+        for rollout in whole.rollouts():
+            if spent >= 8:
+                break
+            spent += sum(len(whole.segments[k].tokens) for k in set(rollout.nodes) - seen)
+            seen |= set(rollout.nodes)
+            rollouts += 1
+        assert len(limited[name].leaves) == rollouts
+    assert search(config, "--limits.seconds", 1e-9, "--out", tmp_path / "hurried") == 0
+    assert all(len(tree.leaves) == 1 for tree in trees(tmp_path / "hurried").values())
+    assert search(config, "--limits.seconds", 0) == 2
+
+
+def test_a_plan_foretells_what_the_search_takes(config, tmp_path, capsys):
+    """With a backend whose trees are alike, to a quarter; nothing is grown into the store meanwhile."""
+    more = ["--source.init_args.count", 60, "--concurrency", 20, "--backend.init_args.name", "planned"]
+    assert search(config, *more, "--plan", "true") == 0
+    assert "predicted" in capsys.readouterr().out and not shards(tmp_path / "out", "trees")
+    predicted = json.loads((tmp_path / "out" / "plan.json").read_text())["costs"]
+    assert search(config, *more) == 0
+    shown = capsys.readouterr().out
+    assert "predicted" in shown and "real" in shown
+    real = json.loads((tmp_path / "out" / "summary.json").read_text())["costs"]
+    assert predicted["trees"] == real["trees"] == 60
+    for name in ("rollouts", "tokens", "computed"):
+        assert predicted[name] == pytest.approx(real[name], rel=0.25), name
+    assert search(config, "--plan", "true", "--plan_seconds", 0) == 2
 
 
 def begin(config: Path, out: Path) -> subprocess.Popen:
@@ -215,6 +257,7 @@ def test_asked_to_stop_it_says_one_line_and_keeps_its_trees(config, tmp_path, ki
         ),
         (["--backend.init_args.name", "other"], r'backend: "scripted" there, "other" here'),
         (["--parallel", "2"], r"parallel: 1 there, 2 here"),
+        (["--limits.tokens", "99"], r"limits.tokens: null there, 99 here"),
         (["--source.init_args.answer", "two"], r"another problem with the id 'scripted/0'"),
         (["--concurrency", "0"], r"concurrency is 0; it must be at least 1"),
         (["--held_out+", f"{__name__}.Source"], r"overlap.*allow_overlap"),

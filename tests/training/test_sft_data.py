@@ -1,5 +1,8 @@
 import json
 import random
+import sys
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torch
 from rftt_lightning.core.contracts import Problem, Step, Trajectory, UserError
 from rftt_lightning.policy.vocab import add_functional_tokens
 from rftt_lightning.search.problems import JsonlProblems
+from rftt_lightning.search.store import read_trajectories
 from rftt_lightning.tiny.model import build_tokenizer
 from rftt_lightning.training.data import (
     Batches,
@@ -64,6 +68,42 @@ def test_tokenizer_without_functional_tokens_is_refused():
 
 def example(length, value=3):
     return Example((value,) * length, (False,) + (True,) * (length - 1), (False,) * length)
+
+
+def test_compact_examples_are_the_examples(tokenizer):
+    encoder, paths = Encoder(tokenizer, TABLE), [PATH, *trajectories(20)]
+    plain = [encoder(path) for path in paths]
+    compact, _ = encode_all(iter(paths), encoder, 512)
+    assert len(compact) == 21 and list(compact) == plain and compact[-1] == plain[-1]
+    assert {type(flag) for e in compact for flag in (*e.loss, *e.functional)} == {bool}
+    for settings in ({}, {"max_tokens": 60}, {"max_tokens": 60, "packed": True}, {"shuffle": False}):
+        one, other = (Batches(examples, 4, seed=1, rank=1, world=2, **settings) for examples in (plain, compact))
+        for a, b in zip(one, other, strict=True):
+            assert all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("tokens_BT", "positions_BT", "loss_BT"))
+            assert torch.equal(a.functional_BT, b.functional_BT) and a.denominator == b.denominator
+
+
+def test_trajectories_are_held_one_at_a_time_and_a_token_takes_few_bytes(tmp_path, tokenizer, monkeypatch):
+    seen, most = [], []
+
+    def counted(folder):
+        for trajectory in read_trajectories(folder):
+            seen.append(weakref.ref(trajectory))
+            most.append(sum(each() is not None for each in seen))
+            yield trajectory
+
+    data = TreeDataModule(write_store(tmp_path, [PATH] * 500))
+    data.trainer = SimpleNamespace(
+        lightning_module=SimpleNamespace(tokenizer=tokenizer, table=TABLE),
+        global_rank=0,
+        world_size=1,
+        accumulate_grad_batches=1,
+    )
+    monkeypatch.setattr("rftt_lightning.training.data.read_trajectories", counted)
+    data.setup("fit")
+    examples = data.train_dataloader().examples
+    assert data.val_dataloader() == [] and len(examples) == 500 and max(most) <= 3
+    assert sum(map(sys.getsizeof, vars(examples).values())) < 7.5 * 500 * 19
 
 
 def test_collate_pads_and_packs():
