@@ -31,8 +31,8 @@ AHEAD = 64
 COMPANY = 1 / 8, 32
 """Prompts wait to be read together until they are this share of the batch, or so many steps have gone since the last ones were."""
 
-PADDING = 1.1
-"""Prompts are read together as long as their padding adds no more than this."""
+PADDING = 0.1
+"""Prompts are read together as long as their padding adds no more than this share of them, or no more positions than a step has."""
 
 ROW = np.dtype(
     [
@@ -139,15 +139,13 @@ class _Room:
         end = max(longest, width)
         larger = rows > self.rows or end + AHEAD // 2 > self.columns
         if larger:
-            self.rows, self.columns = max(rows, self.rows), end + max(AHEAD, end // 2)
-        if self.keys is not None and self.values is not None:
-            moved = []
-            for old in (self.keys, self.values):
+            self.rows, self.columns = max(rows, self.rows), end + max(AHEAD, end // 4)
+        for name in ("keys", "values"):  # one after the other, so that only one of them is there twice
+            if (old := getattr(self, name)) is not None:
                 states = old[:, :kept, :, self.end - width : self.end]
                 new = self._new(old, old.shape[2]) if larger else old
                 new[:, :kept, :, end - width : end] = states if larger else states.clone()
-                moved.append(new)
-            self.keys, self.values = moved
+                setattr(self, name, new)
         self.end = end
 
     def move(self, to: np.ndarray, rows: np.ndarray, width: int) -> None:
@@ -328,7 +326,8 @@ class Batch:
         first, begin = len(self) - len(entries), 0
         unread = [entry.unread - 1 for entry in entries]
         for end in range(1, len(entries) + 1):
-            if end == len(entries) or unread[end] * (end + 1 - begin) > PADDING * sum(unread[begin : end + 1]):
+            real = sum(unread[begin : end + 1])
+            if end == len(entries) or unread[end] * (end + 1 - begin) - real > max(PADDING * real, self.size):
                 if unread[end - 1]:
                     self._read_together(entries[begin:end], first + begin, unread[end - 1])
                 begin = end
