@@ -1,6 +1,7 @@
 # make demo       the whole method on the embedded world
 # make test       all tests; make test-fast leaves out the slow ones
 # make lint       ruff and mypy
+# make engine     a real completions server for the tests that need one: built from source, some 6 minutes and a C++ compiler
 #
 # Each sets up .venv first (Python 3.11+). TORCH is what pip is told about torch: by default the version in constraints.txt from
 # your own index. For another build say so once, when .venv is made, for example
@@ -9,6 +10,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+ENGINE ?= .llama
 TORCH ?=
 WORKERS ?= 2
 BIN := $(VENV)/bin
@@ -18,7 +20,10 @@ export OMP_WAIT_POLICY := PASSIVE
 export KMP_BLOCKTIME := 0
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-fast lint install clean
+# The tests of a real engine are skipped where there is none.
+export RFTT_LLAMA_PYTHON ?= $(wildcard $(abspath $(ENGINE))/bin/python)
+
+.PHONY: demo test test-fast lint install engine clean
 .DEFAULT_GOAL := demo
 
 install: $(VENV)/installed
@@ -28,6 +33,14 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(if $(TORCH),$(BIN)/python -m pip install $(TORCH))
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	touch $@
+
+engine: $(ENGINE)/installed
+
+# Of its own, since it brings a web server; its log-probs are compared with ours, so its version is fixed.
+$(ENGINE)/installed:
+	$(PYTHON) -m venv $(ENGINE)
+	CMAKE_BUILD_PARALLEL_LEVEL=$(WORKERS) $(ENGINE)/bin/python -m pip install "llama-cpp-python[server]==0.3.36" gguf==0.19.0
 	touch $@
 
 demo: install
@@ -45,4 +58,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ENGINE) runs .pytest_cache .mypy_cache .ruff_cache

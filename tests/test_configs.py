@@ -31,6 +31,8 @@ def before(name: str) -> list[str]:
         return ["evaluate", "--config", str(ROOT / "configs/tiny/evaluate.yaml"), "--source"]
     if folder == "strategy":
         return ["sft", "fit", "--config", str(ROOT / "configs/tiny/sft.yaml"), "--config"]
+    if folder == "engine":
+        return ["search", "--config", str(ROOT / "configs/qwen2.5-7b/search.yaml"), "--config"]
     if folder == "gsm8k-smoke":
         return [*command_of(name), "--config", str(ROOT / "configs/qwen2.5-7b" / Path(name).name), "--config"]
     return [*command_of(name), "--config"]
