@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,12 @@ class Costs:
         )
 
     @classmethod
-    def read(cls, path: Path) -> Costs | None:
-        """Costs in a JSON file, None if there are none."""
+    def read(cls, path: Path, settings: Mapping[str, Any] | None = None) -> Costs | None:
+        """Costs in a JSON file, None if there are none, or if they are of other ``settings``."""
         with suppress(OSError, ValueError, TypeError, KeyError):  # missing, or torn by a kill
-            return cls(**json.loads(path.read_text(encoding="utf-8"))["costs"])
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if settings is None or data["settings"] == json.loads(json.dumps(settings)):
+                return cls(**data["costs"])
         return None
 
     def to_json(self) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def predict(
     """Predicted costs of growing all trees, and those of the calibration that tells.
 
     As many trees as fill the batch, of problems spread over the source, begin rollouts for ``seconds``; all grows with the
-    number of rollouts from there. Where the clock cut the trees short that is an upper bound, since later rollouts of a tree
+    number of rollouts from there. Where that clock cut the trees short it is an upper bound, since later rollouts of a tree
     share more of it; the thinner batch at a run's end is not foreseen.
     """
     if seconds <= 0:
@@ -102,15 +104,15 @@ def predict(
     problems = source.problems()
     width = min(max(backend.batch_size // parallel, 1), concurrency, len(problems))
     sample = [problems[i * len(problems) // width] for i in range(width)]
-    clock = seconds if limits.seconds is None else min(seconds, limits.seconds)
     progress, before = driver.Progress(), copy.deepcopy(backend.usage)
-    full = before, 0.0  # usage and time when the batch was last full
+    full: Costs | None = None  # when the batch was last full
 
     def look(progress: driver.Progress) -> None:
         nonlocal full
-        if not progress.trees and progress.seconds <= clock:
-            full = copy.deepcopy(backend.usage), progress.seconds
+        if not progress.trees and progress.seconds <= seconds:
+            full = Costs.of(progress, backend.usage, before)
 
+    clock = seconds if limits.seconds is None else min(seconds, limits.seconds)
     settings: dict[str, Any] = {"seed": seed, "concurrency": concurrency, "parallel": parallel}
     cut = driver.Limits(limits.tokens, clock)
     for _ in driver.grow(
@@ -118,39 +120,33 @@ def predict(
     ):
         pass
     found = Costs.of(progress, backend.usage, before)
-    return _scaled(found, progress, backend.usage, before, full, expander.rollouts, len(problems), clock), found
+    short = found.seconds >= seconds and (limits.seconds is None or seconds < limits.seconds)
+    rollouts = len(problems) * (expander.rollouts if short else found.rollouts / found.trees)
+    kept = progress.useful * backend.usage.position_bytes, backend.usage.cache_budget
+    return scaled(found, full or found, rollouts, len(problems), *kept), found
 
 
-def _scaled(
-    found: Costs,
-    progress: driver.Progress,
-    usage: Usage,
-    before: Usage,
-    full: tuple[Usage, float],
-    rollouts: int,
-    count: int,
-    clock: float,
-) -> Costs:
-    """Costs of ``count`` trees, as those of the calibration were."""
-    each = rollouts if found.seconds >= clock else found.rollouts / found.trees
-    scale = count * each / found.rollouts
-    rows, seconds, calls = full[0].rows - before.rows, full[1], full[0].calls - before.calls
-    per_row = seconds / rows if rows else found.seconds / max(found.tokens, 1)
-    per_call = rows / calls if calls and rows else found.tokens / max(found.calls, 1)
-    kept = usage.position_bytes * progress.useful
-    beside = max(usage.cache_bytes - min(kept, usage.cache_budget), 0)
-    return replace(
-        found,
-        trees=count,
-        rollouts=round(found.rollouts * scale),
-        calls=round(found.tokens * scale / per_call),
+def scaled(found: Costs, full: Costs, rollouts: float, trees: int, kept: int, budget: int) -> Costs:
+    """Costs of ``rollouts`` rollouts in ``trees`` trees, each as those ``found``, at the pace of a ``full`` batch; of the bytes
+    found, ``kept`` were prefixes (as many as a ``budget`` lets be)."""
+    scale = rollouts / found.rollouts
+    pace = scale * _work(found) / max(_work(full), 1e-9)
+    return Costs(
+        trees=trees,
+        rollouts=round(rollouts),
+        calls=round(full.calls * pace),
         tokens=round(found.tokens * scale),
         computed=round(found.computed * scale),
-        cache_bytes=round(min(kept * scale, usage.cache_budget) + beside),
-        seconds=found.tokens * scale * per_row,
-        rows=rows / (full[0].steps - before.steps) if rows else found.rows,
-        failures={},
+        cache_bytes=round(min(kept * scale, budget)) + max(found.cache_bytes - min(kept, budget), 0),
+        seconds=full.seconds * pace,
+        idle=full.idle,
+        rows=full.rows,
     )
+
+
+def _work(costs: Costs) -> float:
+    """Positions that went through the model, those of requests under way included where calls are of many rows."""
+    return costs.calls * costs.rows or costs.computed
 
 
 def table(title: str, **columns: Costs) -> Table:

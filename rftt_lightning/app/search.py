@@ -68,14 +68,14 @@ def search(
     for other in held_out:
         refuse_overlap(source.problems(), other.problems(), allow_overlap=allow_overlap)
     settings: dict[str, Any] = {"seed": seed, "concurrency": concurrency, "parallel": parallel, "limits": limits}
-    folder = Path(out)
+    folder, count = Path(out), len(source.problems())
+    planned = {**_settings(source, expander, reward, backend, seed, parallel, limits), "trees": count}
     if plan:
         predicted, found = predict(source, backend, expander, reward, seconds=plan_seconds, **settings)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / PLAN).write_text(json.dumps(predicted.to_json(), indent=2) + "\n", encoding="utf-8")
-        Console().print(
-            table(f"plan of a search of {len(source.problems())} problems", calibration=found, predicted=predicted)
-        )
+        text = json.dumps({"settings": planned, **predicted.to_json()}, indent=2)
+        (folder / PLAN).write_text(text + "\n", encoding="utf-8")
+        Console().print(table(f"plan of a search of {count} problems", calibration=found, predicted=predicted))
         return
     costs = grow_into(out, source, backend, expander, reward, overwrite=overwrite, **settings)
     summary = {**summarise(stored(out, source)), **costs.to_json()}
@@ -85,7 +85,7 @@ def search(
         if name != "costs":
             found_table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
     Console().print(found_table)
-    known = {"predicted": planned} if (planned := Costs.read(folder / PLAN)) else {}
+    known = {"predicted": predicted} if (predicted := Costs.read(folder / PLAN, planned)) else {}
     Console().print(table("costs", **known, real=costs))
     print(f"trees: {out}")
 

@@ -152,13 +152,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if (
-            self.temperature < 0
+            (self.temperature != 0 and not self.temperature >= 1e-4)
             or not 0 < self.top_p <= 1
             or not 0 <= self.min_prior < 1
             or self.max_segment_tokens < 1
         ):
             raise UserError(
-                f"sampling out of range: {self}; need temperature >= 0, 0 < top_p <= 1, 0 <= min_prior < 1, "
+                f"sampling out of range: {self}; need temperature 0 or >= 1e-4, 0 < top_p <= 1, 0 <= min_prior < 1, "
                 "max_segment_tokens >= 1"
             )
         if self.boundary not in ("sample", "argmax"):

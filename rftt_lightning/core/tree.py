@@ -54,14 +54,14 @@ class Tree:
     # -- where to go ---------------------------------------------------------------------------------------------------
 
     def uct(self, siblings: Sequence[int], c: float) -> list[float]:
-        """Q/N + c sqrt(ln N(parent) / N(child)), rollouts under way counted as visits of value 0 (arXiv 2502.13389, eq. 2)."""
+        """W/N + c sqrt(ln N(parent) / N(child)), rollouts under way counted as visits of value 0 (arXiv 2502.13389, eq. 2)."""
         parent = self.parent[siblings[0]]
         log = math.log(self.visits[parent] + self.held[parent])
         counts = [self.visits[k] + self.held[k] for k in siblings]
         return [self.values[k] / n + c * math.sqrt(log / n) for k, n in zip(siblings, counts, strict=True)]
 
     def puct(self, siblings: Sequence[int], c: float) -> list[float]:
-        """Q/N + c P sqrt(N(parent)) / (1 + N(child)), P the prior (arXiv 1712.01815, with constant c); Q/N of a child that was
+        """W/N + c P sqrt(N(parent)) / (1 + N(child)), P the prior (arXiv 1712.01815, with constant c); W/N of a child that was
         never visited is 0."""
         parent = self.parent[siblings[0]]
         root = math.sqrt(self.visits[parent] + self.held[parent])
@@ -71,28 +71,31 @@ class Tree:
             for k, n in zip(siblings, counts, strict=True)
         ]
 
-    def select(self, c: float, rule: str = "uct", node: int = 0) -> int | None:
-        """The node at or below ``node`` at which the next rollout begins.
+    def select(self, c: float, rule: str = "uct") -> int | None:
+        """The node at which the next rollout begins.
 
         ``"uct"``: planned children first, in their order of preference, else the child of the highest :meth:`uct`, down to
         a node that has no segment yet. ``"puct"``: planned and visited children compete by :meth:`puct`. Where all below
         the best child is held by rollouts under way, the next best is tried; None while nothing is free.
         """
         segments, held, spent = self.segments, self.held, self.spent
-        free = [k for k in self.children[node] if not (held[k] if segments[k] is None else spent[k])]
-        if rule == "uct":
-            fresh = [k for k in free if segments[k] is None]
-            if fresh:
-                return fresh[0]
-        if len(free) > 1:
-            worth = self.uct(free, c) if rule == "uct" else self.puct(free, c)
-            free = [k for _, k in sorted(zip(worth, free, strict=True), key=itemgetter(0), reverse=True)]
-        for child in free:
-            found = child if segments[child] is None else self.select(c, rule, child)
-            if found is not None:
-                return found
-        unasked = node == 0 and not self.children[0] and not self.held[0]
-        return 0 if unasked else None
+        if not self.children[0]:
+            return None if held[0] else 0
+        stack = [0]  # where to look, the best last
+        while stack:
+            node = stack.pop()
+            if node and segments[node] is None:
+                return node
+            free = [k for k in self.children[node] if not (held[k] if segments[k] is None else spent[k])]
+            if rule == "uct":
+                fresh = next((k for k in free if segments[k] is None), None)
+                if fresh is not None:
+                    return fresh
+            if len(free) > 1:
+                worth = self.uct(free, c) if rule == "uct" else self.puct(free, c)
+                free = [k for _, k in sorted(zip(worth, free, strict=True), key=itemgetter(0), reverse=True)]
+            stack += reversed(free)
+        return None
 
     def hold(self, node: int, by: int = 1) -> None:
         """Count a rollout under way on the path to ``node`` (``by=-1`` releases it)."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicLayer, PreTrainedModel
 
-from rftt_lightning.core.contracts import Finish, Request, Usage
+from rftt_lightning.core.contracts import Finish, Request, Usage, UserError
 from rftt_lightning.policy.prefix import PrefixCache
 from rftt_lightning.policy.vocab import Vocabulary, masked_log_softmax
 
@@ -153,8 +153,8 @@ class _Room:
         for room in (self.keys, self.values):
             if room is not None:
                 where, what = (torch.from_numpy(index).to(room.device) for index in (to, rows))
-                block = room[:, :, :, self.end - width : self.end]
-                block[:, where] = block[:, what]
+                for layer in room[:, :, :, self.end - width : self.end]:  # one at a time: what is copied is there twice
+                    layer[where] = layer[what]
 
     def copy(self, pool: PrefixCache, slots: np.ndarray, rows: np.ndarray, columns: np.ndarray, back: bool) -> None:
         """Take the positions (row, column) from the pool's slots; ``back``: put them there."""
@@ -163,11 +163,11 @@ class _Room:
             self.keys, self.values = (self._new(like, like.shape[2]) for like in (pool.keys_YNHD, pool.values_YNHD))
         for room, store in ((self.keys, pool.keys_YNHD), (self.values, pool.values_YNHD)):
             n, r, c = (torch.from_numpy(index).to(room.device) for index in (slots, rows, columns))
-            view_YBLHD = room.transpose(2, 3)
-            if back:
-                store[:, n] = view_YBLHD[:, r, c]
-            else:
-                view_YBLHD[:, r, c] = store[:, n]
+            for layer_BLHD, store_NHD in zip(room.transpose(2, 3), store, strict=True):
+                if back:
+                    store_NHD[n] = layer_BLHD[r, c]
+                else:
+                    layer_BLHD[r, c] = store_NHD[n]
 
 
 class Batch:
@@ -207,51 +207,50 @@ class Batch:
         """Let requests join while there is room; False if ``more`` has too few to fill it. A request whose prompt is known joins
         as it is; the others' prompts wait for :data:`COMPANY`, unless nothing else can be done."""
         free = self.size - len(self)
+        if len(self.waiting) < free:
+            self.waiting.extend(more(free - len(self.waiting)))
+        full = len(self.waiting) >= free
         warm: list[_Entry] = []
-        twins: list[tuple[int, Request]] = []
-        reading = {request.prompt for _, request in self.cold}
-        while len(warm) < free and len(self.cold) < self.size:
-            if not self.waiting:
-                self.waiting.extend(more(free - len(warm)))
-                if not self.waiting:
-                    break
-            number, request = self.waiting.popleft()
-            if request.prompt in reading and self.prefixes.budget:  # it will be known in a moment
-                twins.append((number, request))
-                continue
-            entry = self._entry(number, request)
+        while self.waiting and len(warm) < free and len(self.cold) < self.size:
+            entry = self._entry(*self.waiting.popleft())
             if entry.unread == 1:
                 warm.append(entry)
             else:
-                self.cold.append((number, request))
-                reading.add(request.prompt)
-        full = len(warm) == free or len(self.cold) >= self.size
+                self.cold.append((entry.number, entry.request))
         share, steps = COMPANY
         ripe = not full or len(self.cold) >= share * self.size or self.usage.steps >= self.last_read + steps
         read, self.cold = (self.cold[:free], self.cold[free:]) if ripe else ([], self.cold)
         free -= len(read)
         self.waiting.extendleft((entry.number, entry.request) for entry in reversed(warm[free:]))
-        self.waiting.extendleft(reversed(twins))
         if free and warm:
             self._place(warm[:free])
         if read:
             self.last_read = self.usage.steps
             self._close_up()
-            # The first prompt of all goes alone: what it shares with the others, a system prompt or examples, is then known.
-            alone = 1 if self.prefixes.empty else 0
-            for part in (read[:alone], read[alone:]):
+            for part in self._order(read):
                 # What was known when they came may have been given up since, and more may be known.
                 entries = sorted((self._entry(*item) for item in part), key=lambda entry: entry.unread)
-                if entries:
-                    self._place(entries)
-                    self._read(entries)
-        return full or bool(twins)
+                self._place(entries)
+                self._read(entries)
+        return full
+
+    def _order(self, read: list[tuple[int, Request]]) -> Iterator[list[tuple[int, Request]]]:
+        """Requests whose prompts are to be read, in parts, so that what they share is read once: the first of all goes alone
+        (a system prompt, examples), then one of each prompt, then those whose prompts are known by then."""
+        if self.prefixes.fresh:
+            yield read[:1]
+            read = read[1:]
+        first = {request.prompt: number for number, request in reversed(read)} if self.prefixes.capacity else {}
+        again = [item for item in read if first.get(item[1].prompt, item[0]) != item[0]]
+        yield from (part for part in ([item for item in read if item not in again], again) if part)
 
     def _entry(self, number: int, request: Request) -> _Entry:
         prompt, tags = request.prompt, None
         slots = self.prefixes.match(prompt)
         if len(slots) == len(prompt):
-            if request.after is not None and request.force is not None:
+            # Its forced token is taken as written, and another one follows: there must be room for both.
+            room = min(request.max_tokens, self.limit - len(prompt), request.sampling.max_segment_tokens)
+            if request.after is not None and request.force is not None and room > 1:
                 tags = self.prefixes.tags(prompt, request.sampling.temperature)
             if tags is None:
                 slots = slots[:-1]  # its last token is read again, for what may follow it
@@ -283,6 +282,9 @@ class Batch:
             rows = min(max(rows, 2 * self.room.rows), self.size)
         with self._timed("copy"):
             self.room.reserve(rows, longest, kept, int(self.rows["length"][:kept].max(initial=0)))
+        self._weigh()
+
+    def _weigh(self) -> None:
         self.usage.cache_bytes = max(self.usage.cache_bytes, self.room.bytes + self.prefixes.bytes)
 
     def _begin(self, place: int, entry: _Entry, length: int) -> None:
@@ -344,22 +346,23 @@ class Batch:
     def _forward(self, window: slice, ids_BT: Tensor, begin: int) -> Tensor:
         """Logits [B, V] after the last tokens of the rows ``window``, which are written from column ``begin`` on."""
         room, device = self.room, self.model.device
-        end = begin + ids_BT.shape[1]
-        start_B = torch.from_numpy(room.end - self.rows["length"][window])
+        end, start_B = begin + ids_BT.shape[1], room.end - self.rows["length"][window]
         room.window, room.begin, room.low = window, begin, min(int(start_B.min()), begin)
-        positions_BT = (torch.arange(begin, end) - start_B[:, None]).clamp(min=0)
-        mask_BL = torch.arange(room.low, end) >= start_B[:, None]
+        start_B1 = torch.from_numpy(start_B).to(device)[:, None]
+        columns_L = torch.arange(room.low, end, device=device)
+        positions_BT = (columns_L[begin - room.low :] - start_B1).clamp(min=0)
         with self._timed("model"):
             output = self.model(
                 input_ids=ids_BT.to(device),
-                attention_mask=mask_BL.long().to(device),
-                position_ids=positions_BT.to(device),
+                attention_mask=(columns_L >= start_B1).long(),
+                position_ids=positions_BT,
                 past_key_values=room.cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
         self.usage.calls += 1
-        assert room.keys is not None and room.values is not None
+        if room.keys is None or room.values is None:
+            raise UserError(f"{type(self.model).__name__} keeps no keys and values; use a model with a standard cache")
         if self.prefixes.budget:
             self.prefixes.shape(room.keys, room.values)
         self.usage.position_bytes = room.bytes // (room.rows * room.columns)
@@ -431,7 +434,8 @@ class Batch:
         state, written = self.rows[place], self.written[place]
         count = int(state["written"])
         tokens = written[:count, 0].astype(np.int64).tolist()
-        places = [] if state["free"] else [i for i, token in enumerate(tokens) if token in self.vocabulary.opens]
+        opening = np.isin(written[:count, 0], self.opens_F)
+        places = [] if state["free"] else opening.nonzero()[0].tolist()
         if state["final"]:
             places.append(count)
         return Row(
@@ -473,6 +477,7 @@ class Batch:
         columns = np.concatenate([np.arange(self.room.end - n, self.room.end) for n in counts])
         with self._timed("copy"):
             self.room.copy(self.prefixes, flat[last], np.repeat(places, counts)[last], columns[last], back=True)
+        self._weigh()
 
     def _close_up(self) -> None:
         """Fill the gaps that are left with the last rows."""

@@ -32,7 +32,8 @@ class HFBackend(TokenizedBackend):
         attention: Transformers' attention implementation.
         mask: functional tokens that are never legal (masking verify and refine at inference, say).
         cache_gb: GiB in which the keys and values of prefixes are kept, on the model's device, so that no token of a tree is
-            read twice; what was not used for longest gives way. 0 keeps none.
+            read twice; what was not used for longest gives way. 0 keeps none. The batch itself takes memory beside that: its rows
+            times the longest of them. Whoever switches adapters of the model must raise ``version``.
     """
 
     def __init__(
@@ -82,9 +83,13 @@ class HFBackend(TokenizedBackend):
     ) -> None:
         if cache_gb < 0:
             raise UserError(f"backend.cache_gb is {cache_gb}; it must be at least 0 (0: no prefix is kept)")
+        if getattr(model, "_is_stateful", False):
+            raise UserError(
+                f"{type(model).__name__} keeps a state that cannot be forked; use a model with a standard cache"
+            )
         width = model.get_output_embeddings().weight.shape[0]
         ends = end_ids(tokenizer, model.generation_config.eos_token_id if model.generation_config else None)
-        limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         self._bind(tokenizer, table, width, ends, limit, batch_size)
         self.model, self.version, self.closes = model, 0, frozenset(self.vocabulary.closes)
         self.usage.cache_budget = int(cache_gb * 2**30)
@@ -107,29 +112,50 @@ class HFBackend(TokenizedBackend):
                     ready.append((number, self.unwritten(request)))
             return fitting
 
-        stamp = self._stamp()
-        self._prefixes.renew(stamp)
+        stamp, busy = self._stamp(), True
+        self._prefixes.renew((stamp, fingerprint(self.model)))
         batch = Batch(self.model, self.vocabulary, self.ends, self.limit, self.batch_size, self._prefixes, self.usage)
-        with _evaluating(self.model):
-            while True:
-                full = batch.admit(checked)
+        while busy:
+            busy = self._decode(batch, checked, ready)
+            if ready:
+                yield ready
+                ready = []
+            if stamp != self._stamp():
                 if len(batch):
+                    raise RuntimeError("the model's weights changed while requests were under way")
+                stamp = self._stamp()
+                self._prefixes.renew((stamp, fingerprint(self.model)))
+
+    def _decode(
+        self,
+        batch: Batch,
+        more: Callable[[int], Sequence[tuple[int, Request]]],
+        ready: list[tuple[int, Completion]],
+    ) -> bool:
+        """Decode until it is time to hand over what is ``ready``: when rows are lacking, and before there is too much to take in
+        at once. Returns whether there may be more to do."""
+        try:
+            with _evaluating(self.model):
+                while True:
+                    full = batch.admit(more)
+                    if not len(batch):
+                        return bool(ready)
                     ready += [(number, self._completion(request, row)) for number, request, row in batch.step()]
-                elif not ready:
-                    return
-                free = self.batch_size - len(batch)
-                lacking = not full and free >= max(self.batch_size // 16, 1)
-                if ready and (lacking or len(ready) >= max(self.batch_size // 4, 1)):
-                    yield ready
-                    ready = []
-                    if stamp != self._stamp():
-                        raise RuntimeError("the model's weights changed while requests were under way")
+                    lacking = not full and self.batch_size - len(batch) >= max(self.batch_size // 16, 1)
+                    if ready and (lacking or len(ready) >= max(self.batch_size // 4, 1)):
+                        return True
+        except BaseException:  # a prefix may be noted whose keys and values are not there yet
+            self._prefixes.release()
+            raise
 
     def _stamp(self) -> tuple[object, ...]:
-        """What keys and values are valid for: the policy version; and the count of writes to the weights, should a caller have
-        forgotten to raise that."""
-        writes = sum(p._version for p in self.model.parameters())
-        return self.version, writes, torch.is_autocast_enabled(self.model.device.type)
+        """What keys and values are valid for: the policy version; and, should a caller have forgotten to raise that, where the
+        weights are and how often they were written. Not seen: writes through ``.data`` under way, adapters that are switched."""
+        places = tuple(
+            (p.data_ptr(), p.dtype, p.device, 0 if p.is_inference() else p._version) for p in self.model.parameters()
+        )
+        kind = self.model.device.type
+        return self.version, places, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
 
     def release(self) -> None:
         """Give back the memory of all keys and values."""
@@ -186,12 +212,13 @@ class HFBackend(TokenizedBackend):
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     """The model without dropout; afterwards it is as it was."""
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 def fingerprint(model: PreTrainedModel) -> str:

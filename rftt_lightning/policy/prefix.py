@@ -36,7 +36,7 @@ class PrefixCache:
     """
 
     def __init__(self, budget: int) -> None:
-        self.budget, self.slot_bytes, self.evicted = budget, 0, 0
+        self.budget, self.slot_bytes = budget, 0
         self.stamp: Hashable = None
         self.keys_YNHD: Tensor | None = None
         self.values_YNHD: Tensor | None = None
@@ -45,8 +45,8 @@ class PrefixCache:
     def _clear(self) -> None:
         self.root = _Edge((), np.empty(0, np.int64), None)
         self.recent: OrderedDict[_Edge, None] = OrderedDict()  # parents after their children, so the first is a leaf
-        size = 0 if self.keys_YNHD is None else self.keys_YNHD.shape[1]
-        self.free = np.arange(size)
+        self.freed: list[np.ndarray] = []  # slots that were given up
+        self.touched = self.used = 0  # slots that were ever taken, the first ones of the pool; those that are taken now
 
     def renew(self, stamp: Hashable) -> None:
         """Forget everything unless it was read under the same ``stamp``."""
@@ -60,15 +60,20 @@ class PrefixCache:
         self._clear()
 
     @property
-    def bytes(self) -> int:
-        """What is in use."""
-        size = 0 if self.keys_YNHD is None else self.keys_YNHD.shape[1]
-        return (size - len(self.free)) * self.slot_bytes
+    def capacity(self) -> int:
+        """Positions that fit the budget; 0 before their size is known."""
+        return 0 if self.keys_YNHD is None else self.keys_YNHD.shape[1]
 
     @property
-    def empty(self) -> bool:
-        """Could something be known, and nothing is?"""
-        return bool(self.budget) and not self.root.children
+    def bytes(self) -> int:
+        """What is in use."""
+        return self.used * self.slot_bytes
+
+    @property
+    def fresh(self) -> bool:
+        """Nothing is known yet, and something could be."""
+        unknown = self.keys_YNHD is None and self.budget > 0
+        return (unknown or self.capacity > 0) and not self.root.children
 
     def match(self, tokens: Sequence[int]) -> np.ndarray:
         """Slots of the longest known beginning of ``tokens``."""
@@ -94,12 +99,14 @@ class PrefixCache:
         edge, shared, known = self._walk(tokens)
         if known in tags:
             edge.tags[shared, temperature] = tags[known]
+        if len(tokens) > self.capacity:
+            return np.empty(0, np.int64)
         new = len(tokens) - known
         if new and shared < len(edge.tokens):
             edge = self._split(edge, shared)
         if not new or not self._make_room(new, edge):
             return np.empty(0, np.int64)
-        slots, self.free = self.free[:new], self.free[new:]
+        slots = self._take(new)
         child = edge.children[tokens[known]] = _Edge(tokens[known:], slots, edge)
         child.tags = {(read - known, temperature): logp_F for read, logp_F in tags.items() if read > known}
         self._touch(child)
@@ -149,25 +156,40 @@ class PrefixCache:
     # -- the pool --------------------------------------------------------------------------------------------------------
 
     def shape(self, keys_YBHLD: Tensor, values_YBHLD: Tensor) -> None:
-        """Make the pool, if it is not there, for keys and values like these."""
-        if self.keys_YNHD is not None and self.keys_YNHD.dtype == keys_YBHLD.dtype:
+        """Make the pool, if it is not there, for keys and values like these (under autocast these two may differ)."""
+        likes, pools = (keys_YBHLD, values_YBHLD), (self.keys_YNHD, self.values_YNHD)
+        if all(p is not None and (p.dtype, p.device) == (x.dtype, x.device) for p, x in zip(pools, likes, strict=True)):
             return
-        likes = keys_YBHLD, values_YBHLD
         self.slot_bytes = sum(x.shape[0] * x.shape[2] * x.shape[4] * x.element_size() for x in likes)
         size = self.budget // self.slot_bytes
-        # On a CPU memory is taken when a slot is first written, so what is not used costs nothing.
+        # A GPU gives this memory at once; a CPU when a slot is first written, so that what is not used costs nothing.
         self.keys_YNHD, self.values_YNHD = (x.new_empty(x.shape[0], size, x.shape[2], x.shape[4]) for x in likes)
         self._clear()
 
     def _make_room(self, count: int, keep: _Edge) -> bool:
         """Free slots for ``count`` tokens by giving up what was not used for longest, but not ``keep`` nor what it hangs on."""
-        while len(self.free) < count:
+        while self.capacity - self.used < count:
             oldest = next(iter(self.recent), None)
             if oldest is None or oldest is keep:
                 return False
             del self.recent[oldest]
             assert oldest.parent is not None and not oldest.children
             del oldest.parent.children[oldest.tokens[0]]
-            self.free = np.concatenate([oldest.slots, self.free])
-            self.evicted += len(oldest.slots)
+            self.freed.append(oldest.slots)
+            self.used -= len(oldest.slots)
         return True
+
+    def _take(self, count: int) -> np.ndarray:
+        """Free slots: those that were given up first, since they are in memory."""
+        self.used += count
+        taken = []
+        while count and self.freed:
+            slots = self.freed.pop()
+            if len(slots) > count:
+                self.freed.append(slots[count:])
+                slots = slots[:count]
+            taken.append(slots)
+            count -= len(slots)
+        taken.append(np.arange(self.touched, self.touched + count))
+        self.touched += count
+        return np.concatenate(taken)

@@ -45,7 +45,7 @@ class TokenizedBackend(Backend):
         taught = any(tag in known for tag in table.tags)  # a base model writes free text only
         self.tokenizer, self.tokens, self.ends, self.limit, self.batch_size = tokenizer, table, ends, limit, batch_size
         self.vocabulary = Vocabulary(tokenizer, table if taught else NOTHING, width, ends)
-        self._chat = lru_cache(maxsize=1 << 16)(self._template)
+        self._chat = lru_cache(maxsize=1 << 10)(self._template)
 
     def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
         return self._chat(tuple(messages))
@@ -71,6 +71,11 @@ class TokenizedBackend(Backend):
             raise UserError(
                 f"the model's tokenizer has no functional token {self.tokens.tags[0]}, so it cannot choose any; "
                 "use an SFT model, or add them with `rftt tokens --model … --save …`"
+            )
+        closed = dict(zip(self.vocabulary.closes, self.vocabulary.names, strict=True)).get(request.prompt[-1], QUESTION)
+        if closed != request.after:
+            raise UserError(
+                f"a request says that {request.after!r} came last, but its prompt ends after {closed!r}; mend it"
             )
         legal = self.tokens.legal(request.after)
         if not legal or (request.force and request.force not in legal):

@@ -31,7 +31,8 @@ from rftt_lightning.search.expand import Expander, seed_of
 @dataclass
 class Progress:
     """Running totals of a search; ``seconds`` are wall time, ``tokens`` generated, ``computed`` gone through the model,
-    ``useful`` those that trees consist of: each prompt once, and what was generated."""
+    ``useful`` those that trees consist of: each question once, and what was generated (the prompts of phase 1's actions are not
+    in it)."""
 
     trees: int = 0
     rollouts: int = 0
@@ -151,7 +152,8 @@ class _Driver:
             tree = self.expander.plant(problem, self.backend)
             self.growing += 1
             self.progress.useful += len(tree.prompt)
-            self._ask(_Growing(order, tree))
+            if not self._ask(_Growing(order, tree)):
+                raise ValueError(f"{type(self.expander).__name__} finds nothing to do in a new tree")
         fresh: list[Request] = []
         while self.queue and len(fresh) < room:
             _, _, item, rollout, request = heapq.heappop(self.queue)
@@ -216,6 +218,8 @@ class _Driver:
         return bool(item.visits)
 
     def _spent(self, item: _Growing) -> bool:
+        if not item.begun:
+            return False
         tokens, seconds = self.limits.tokens, self.limits.seconds
         return (tokens is not None and item.tokens >= tokens) or (
             seconds is not None and time.monotonic() - item.planted >= seconds

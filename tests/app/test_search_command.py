@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from rftt_lightning.app import cli
+from rftt_lightning.app.plan import Costs, scaled
 from rftt_lightning.core.contracts import Status
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.search.driver import Progress, grow
@@ -203,6 +205,47 @@ def test_a_plan_foretells_what_the_search_takes(config, tmp_path, capsys):
     for name in ("rollouts", "tokens", "computed"):
         assert predicted[name] == pytest.approx(real[name], rel=0.25), name
     assert search(config, "--plan", "true", "--plan_seconds", 0) == 2
+
+
+def test_a_plan_scales_what_was_found():
+    """A full batch of 8 rows made 100 calls in 10 s; with its end, at 5 rows, the calibration took 200 calls and 16 s."""
+    found = Costs(4, 20, 200, 900, 1000, 5000, 16.0, 0.3, 5.0)
+    full = Costs(0, 8, 100, 300, 350, 4000, 10.0, 0.1, 8.0)
+    costs = scaled(found, full, 60, 12, kept=3000, budget=7000)
+    assert (costs.trees, costs.rollouts, costs.tokens, costs.computed) == (12, 60, 2700, 3000)
+    assert costs.calls == 375 and costs.seconds == 37.5  # 200 x 5 x 3 rows at 8 a call
+    assert costs.cache_bytes == 7000 + 2000 and (costs.idle, costs.rows) == (0.1, 8.0)
+    served = scaled(replace(found, rows=0.0), replace(full, rows=0.0), 60, 12, kept=0, budget=0)
+    assert served.seconds == pytest.approx(10 * 3 * 1000 / 350) and served.cache_bytes == 5000
+
+
+def test_costs_of_two_runs_add_up():
+    one, two = Costs(1, 2, 3, 4, 5, 6, 10.0, 0.5, 8.0, {"timeout": 1}), Costs(10, 20, 30, 40, 50, 5, 30.0, 0.1, 4.0)
+    assert one + two == Costs(11, 22, 33, 44, 55, 6, 40.0, pytest.approx(0.2), 5.0, {"timeout": 1})
+
+
+def test_a_calibration_ends_in_time_and_asks_of_all_the_source(config, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Fast, "batch_size", 3)
+    monkeypatch.setattr(
+        "rftt_lightning.app.plan.driver.grow",
+        lambda problems, *a, **s: seen.extend(problems) or grow(problems, *a, **s),
+    )
+    many = ["--expander.init_args.rollouts", 10**6, "--plan", "true", "--backend", f"{__name__}.Slow"]
+    began = time.monotonic()
+    assert search(config, *many, "--plan_seconds", 0.5) == 0
+    assert time.monotonic() - began < 10
+    assert [problem.id for problem in seen] == ["scripted/0", "scripted/3"]  # two trees grow at a time
+    found = Costs.read(tmp_path / "out" / "plan.json")
+    assert found.rollouts == COUNT * 10**6 and found.seconds > 1000
+
+
+def test_a_plan_of_other_settings_is_not_shown(config, capsys):
+    assert search(config, "--plan", "true") == 0
+    capsys.readouterr()
+    assert search(config, "--expander.init_args.rollouts", 2) == 0
+    shown = capsys.readouterr().out
+    assert "real" in shown and "predicted" not in shown
 
 
 def begin(config: Path, out: Path) -> subprocess.Popen:

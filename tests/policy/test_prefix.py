@@ -49,8 +49,9 @@ def sound(made: PrefixCache) -> None:
         for first, child in edges[-1].children.items():
             assert child.parent is edges[-1] and child.tokens[0] == first and len(child.tokens) == len(child.slots)
     used = np.concatenate([edge.slots for edge in edges])
-    assert sorted([*used, *made.free]) == list(range(made.keys_YNHD.shape[1]))
-    assert made.bytes == len(used) * SLOT <= made.budget
+    freed = [slot for slots in made.freed for slot in slots]
+    assert sorted([*used, *freed]) == list(range(made.touched))
+    assert made.used == len(used) <= made.capacity and made.bytes == len(used) * SLOT <= made.budget
     order = {edge: i for i, edge in enumerate(made.recent)}
     assert set(order) == set(edges[1:])
     assert all(order[edge] < order[edge.parent] for edge in edges[1:] if edge.parent is not made.root)
@@ -64,7 +65,7 @@ def test_with_room_enough_every_prefix_is_known_once(inserted, asked):
         assert insert(made, tokens) == len(fresh)
         known.update(fresh)
         sound(made)
-    assert len(made.free) == 1000 - (len(known) - 1) and made.evicted == 0
+    assert made.used == len(known) - 1 and not made.freed
     for tokens in asked:
         longest = max(n for n in range(len(tokens) + 1) if tokens[:n] in known)
         assert check(made, tokens) == longest
@@ -113,8 +114,26 @@ def test_another_version_of_the_policy_knows_nothing_of_the_first():
     made.renew((1, 0))
     assert check(made, (0, 1, 2)) == 3
     made.renew((2, 0))
-    assert check(made, (0, 1, 2)) == 0 and len(made.free) == 10
+    assert check(made, (0, 1, 2)) == 0 and made.used == 0
     sound(made)
+
+
+def test_what_cannot_fit_costs_nobody_its_place():
+    made = cache(4)
+    insert(made, (1, 2))
+    assert not insert(made, (1, 2, 0, 0, 0)) and not insert(made, (3, 3, 3, 3, 3))
+    assert check(made, (1, 2)) == 2
+
+
+def test_another_dtype_begins_another_pool():
+    made = cache(4)
+    insert(made, (1, 2))
+    keys, values = torch.zeros(3, 1, 2, 5, 4), torch.zeros(3, 1, 2, 5, 4, dtype=torch.bfloat16)
+    made.shape(keys, values)  # under autocast
+    assert check(made, (1, 2)) == 0 and made.values_YNHD.dtype == torch.bfloat16 and made.capacity == 5
+    insert(made, (1, 2))
+    made.shape(keys, values)
+    assert len(made.match((1, 2))) == 2
 
 
 def test_without_a_budget_or_a_pool_nothing_is_known():

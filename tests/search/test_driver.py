@@ -1,4 +1,5 @@
 import json
+import time
 from collections import Counter
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from rftt_lightning.core.contracts import Status, UserError
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.core.tree import Tree
-from rftt_lightning.search.driver import Progress, grow
+from rftt_lightning.search.driver import Limits, Progress, grow
 from rftt_lightning.search.expand import ChainOfThought, PromptExpander, TokenExpander
 from scripted import ScriptedBackend, ScriptedReward, ScriptedSource, shuffled
 
@@ -163,3 +164,75 @@ def test_no_problems_no_trees():
 
 def test_progress_before_the_first_rollout():
     assert Progress().accuracy == 0.0 and Progress().seconds >= 0.0
+
+
+class Narrow(ScriptedBackend):
+    """Has room for ``rows`` requests, in the order in which it is given them."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(TABLE)
+        self.rows = rows
+
+    def stream(self, more):
+        given = 0
+        while requests := list(more(self.rows)):
+            assert len(requests) <= self.rows
+            yield list(enumerate(self.generate(requests), given))
+            given += len(requests)
+
+
+def test_the_tree_that_is_furthest_behind_comes_first(expander):
+    """With fewer rows than trees no tree gets two rollouts ahead of another, and they are the same trees as ever."""
+    begun, problems = Counter(), {}
+
+    class Spy:
+        rollouts, c = expander.rollouts, expander.c
+        plant, ask, tell = expander.plant, expander.ask, expander.tell
+
+        def select(self, tree):
+            node = expander.select(tree)
+            if node is not None:
+                begun[tree.problem.id] += 1
+                problems[tree.problem.id] = tree
+                counts = [begun[name] for name, t in problems.items() if t is tree or not t.spent[0]]
+                assert max(counts) - min(counts) <= 2
+            return node
+
+    assert grown(PROBLEMS, Spy(), backend=Narrow(2)) == grown(PROBLEMS, expander)
+
+
+def test_useful_tokens_are_each_question_once_and_what_was_written(expander):
+    progress = Progress()
+    trees = grown(PROBLEMS, expander, progress=progress).values()
+    assert progress.useful == sum(len(tree.prompt) for tree in trees) + progress.tokens
+
+
+def test_the_models_time_is_not_that_of_the_trees(expander):
+    """What planting takes is not counted as the backend's."""
+
+    class Slow:
+        rollouts, c = expander.rollouts, expander.c
+        select, ask, tell = expander.select, expander.ask, expander.tell
+
+        def plant(self, problem, backend):
+            time.sleep(0.02)
+            return expander.plant(problem, backend)
+
+    progress = Progress()
+    grown(PROBLEMS, Slow(), progress=progress)
+    assert progress.seconds - progress.generate_seconds >= 9 * 0.02
+
+
+def test_an_expander_that_begins_nothing_loses_no_tree_silently():
+    class Idle(TokenExpander):
+        def select(self, tree):
+            return None
+
+    with pytest.raises(ValueError, match="Idle finds nothing to do"):
+        grown(PROBLEMS, Idle())
+
+
+@pytest.mark.parametrize("limits", [{"tokens": 0}, {"seconds": -1.0}])
+def test_limits_that_allow_nothing_are_refused(limits):
+    with pytest.raises(UserError, match="must be above 0"):
+        Limits(**limits)
