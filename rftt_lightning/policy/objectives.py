@@ -202,6 +202,14 @@ def importance(old_BT: Tensor, behaviour_BT: Tensor, kind: str = "none", cap: fl
     return ratio_BT.masked_fill((ratio_BT < 1 / cap) | (ratio_BT > cap), 0.0)
 
 
+def sampler_gap(old_BT: Tensor, behaviour_BT: Tensor, sampled_BT: Tensor, reduce: Reduce = lambda x: x) -> Tensor:
+    """How far the sampler's log-probs are from the trainer's: mean |log pi_old - log pi_behaviour| in nats over the sampled tokens
+    (1.0 in ``sampled_BT``) of the global batch."""
+    gap_BT = (old_BT - behaviour_BT).abs() * sampled_BT
+    total, count = reduce(torch.stack([gap_BT.sum(), sampled_BT.sum()]))
+    return total / count.clamp(min=1)
+
+
 def ppo_loss(
     logp_BT: Tensor,
     old_BT: Tensor,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rftt_lightning.core.contracts import Problem, ProblemSource, Provenance, Reward, Rollout, Status, UserError
 from rftt_lightning.core.tree import Tree
+from rftt_lightning.policy import objectives
 from rftt_lightning.policy.hf import HFBackend, fingerprint
 from rftt_lightning.policy.rewards import Confidence
 from rftt_lightning.search import driver
@@ -371,8 +372,7 @@ class RLTrainer:
         tokens = self._sum(batch.mask_BT.sum()).clamp(min=1)
         kl = self._sum(((batch.old_BT - batch.reference_BT) * batch.mask_BT).sum()) / tokens
         sampled_BT = (batch.provenance_BT == int(Provenance.SAMPLED)) * batch.mask_BT
-        gap = self._sum(((batch.old_BT - batch.behaviour_BT).abs() * sampled_BT).sum())
-        gap = float(gap / self._sum(sampled_BT.sum()).clamp(min=1))
+        gap = float(objectives.sampler_gap(batch.old_BT, batch.behaviour_BT, sampled_BT, self._sum))
         seconds = times[-1] - times[0]
         metrics = {
             "reward": float(self._sum(batch.rewards_BT.sum()) / max(learned, 1.0)),

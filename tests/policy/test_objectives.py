@@ -92,6 +92,12 @@ def test_losses_equal_their_oracles_however_they_are_aggregated(seed):
     trust = objectives.importance(old, behaviour, correction, cap)
     pairs = zip(old.flatten().tolist(), behaviour.flatten().tolist(), strict=True)
     equal(trust.flatten(), [oracles.importance(*pair, correction, cap) for pair in pairs])
+    gaps = [abs(x - y) for x, y, m in zip(*(z.flatten().tolist() for z in (old, behaviour, mask)), strict=True) if m]
+    equal(objectives.sampler_gap(old, behaviour, mask), sum(gaps) / max(len(gaps), 1))
+    both = objectives.sampler_gap(
+        old, behaviour, mask, lambda x: 2 * x + torch.tensor([1.0, 3.0])
+    )  # another rank's share
+    equal(both, (2 * sum(gaps) + 1) / (2 * len(gaps) + 3))
     each = [  # loss of each token alone
         [
             oracles.ppo([[x]], [[y]], [[a]], [[1.0]], 1.0, 0.2, 0.28)[0] + 0.1 * oracles.kl(x, y, kind)
