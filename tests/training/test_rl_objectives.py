@@ -12,6 +12,7 @@ import torch
 import oracles
 from rftt_lightning.core.contracts import Problem, Provenance, Rollout, Score, Segment, Status, Verdict
 from rftt_lightning.policy import logprobs, objectives
+from rftt_lightning.policy.vocab import masked_log_softmax
 from rftt_lightning.training.rl import CHOICES, RLBatch, RLModule, Work, collate
 
 BASE = "pkg:tiny/checkpoints/countdown"
@@ -103,6 +104,40 @@ def test_nodes_are_shared_in_a_tree_and_not_between_trees(module):
 def test_outside_a_tree_no_segment_is_shared(module):
     batch = collate([replace(rollout, nodes=()) for rollout in rollouts(module)], module.vocabulary)
     assert int(batch.node_BT.max()) + 1 == sum(map(len, PATHS))
+
+
+def test_log_probs_are_those_of_the_distribution_that_the_sampler_draws_from(module):
+    """Also at another temperature; each position's logits speak of the token after it."""
+    batch = collate(rollouts(module), module.vocabulary)
+    with options(module, temperature=0.7), torch.no_grad():
+        logp, entropy = module.log_probs(module.reference, batch)
+        logits = module.reference(input_ids=batch.tokens_BL, use_cache=False).logits
+    for row, t in batch.mask_BT.nonzero().tolist():
+        expected = masked_log_softmax(logits[row, t], batch.states_BT[row, t], module.allowed_SV, 0.7)
+        assert float(logp[row, t]) == pytest.approx(float(expected[batch.tokens_BL[row, t + 1]]), abs=1e-4)
+        chances = expected.exp()
+        assert float(entropy[row, t]) == pytest.approx(
+            float(-(chances * chances.clamp(min=1e-30).log()).sum()), abs=1e-4
+        )
+    assert logp[batch.mask_BT == 0].abs().max() == entropy[batch.mask_BT == 0].abs().max() == 0
+
+
+def test_the_policys_loss_is_the_clipped_surrogate(module):
+    batch = moved(prepared(module))
+    with options(module, clip_low=0.05, clip_high=0.1), torch.no_grad():
+        found, measured = module(Work(module.totals(batch), batch))
+    logp, _ = module.log_probs(module.model, batch)
+    terms = [x.tolist() for x in (logp.detach(), batch.old_BT, batch.advantage_BT, batch.mask_BT)]
+    expected = oracles.ppo(*terms, float(batch.mask_BT.sum()), 0.05, 0.1)
+    assert (float(found), float(measured[1])) == pytest.approx(expected, abs=1e-5) and expected[1] > 0.1
+
+
+def test_what_lies_outside_the_response_is_nothing_to_the_advantages(module):
+    batch = prepared(module)
+    other = replace(batch, old_BT=torch.where(batch.mask_BT > 0, batch.old_BT, 9.0))
+    for name in CHOICES["advantage"]:
+        with options(module, advantage=name, kl_beta=0.3):
+            assert torch.equal(module.advantages(other), module.advantages(batch))
 
 
 def worths(batch: RLBatch, gamma: float, per: str, beta: float, kl: str) -> list[float]:
