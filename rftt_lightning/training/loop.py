@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rftt_lightning.core.contracts import Problem, ProblemSource, Provenance, Reward, Rollout, Status, UserError
 from rftt_lightning.core.tree import Tree
+from rftt_lightning.policy import objectives
 from rftt_lightning.policy.hf import HFBackend, fingerprint
 from rftt_lightning.policy.rewards import Confidence
 from rftt_lightning.search import driver
@@ -29,7 +30,7 @@ from rftt_lightning.search.store import LOCK, describe, differences
 from rftt_lightning.training import checkpoints
 from rftt_lightning.training.metrics import AnswerAccuracy
 from rftt_lightning.training.problems import ProblemDataModule
-from rftt_lightning.training.rl import MEASURED, RLBatch, RLModule, collate
+from rftt_lightning.training.rl import MEASURED, RLBatch, RLModule, Work, collate
 
 PRECISIONS = ("32-true", "bf16-mixed")
 """Weights are in float32 in both: in half precision most of RL's small updates would be rounded away."""
@@ -49,6 +50,8 @@ class RLTrainer:
         mini_batches: optimizer updates a step, fewer where a device has fewer rollouts; epochs: passes over the rollouts.
         micro_batch: rollouts that go through the model at once when learning.
         gradient_clip: largest norm of the gradient, above 0.
+        gap_alarm: nats, above 0; where the sampler's log-probs differ from the recomputed ones by more than this in the mean over
+            sampled tokens (``sampler_gap``), a warning says so and ``sampler_gap_alarm`` is 1.
         drop_timed_out: learn nothing from rollouts whose verdict timed out. Nothing is known of their answers, and the machine's
             load alone can be the cause, so any pay would be noise (OutcomeReward's ``none`` is less than for a wrong answer).
             They are logged as ``dropped``; ``accuracy`` counts them as not right. False learns from what the reward pays: for a
@@ -76,6 +79,7 @@ class RLTrainer:
         epochs: int = 1,
         micro_batch: int = 64,
         gradient_clip: float = 1.0,
+        gap_alarm: float = 0.05,
         drop_timed_out: bool = True,
         validate_every: int = 10,
         checkpoint_every: int = 10,
@@ -107,8 +111,9 @@ class RLTrainer:
         ):
             if locals()[name] < 1:
                 raise UserError(f"trainer.{name} is {locals()[name]}; it must be at least 1")
-        if not gradient_clip > 0:
-            raise UserError(f"trainer.gradient_clip is {gradient_clip}; it must be above 0")
+        for name in ("gradient_clip", "gap_alarm"):
+            if not locals()[name] > 0:
+                raise UserError(f"trainer.{name} is {locals()[name]}; it must be above 0")
         if precision not in PRECISIONS:
             raise UserError(f"trainer.precision is {precision}; use {' or '.join(PRECISIONS)}")
         if not out:
@@ -118,7 +123,7 @@ class RLTrainer:
         self.gradient_clip, self.drop_timed_out, self.validate_every = gradient_clip, drop_timed_out, validate_every
         self.checkpoint_every, self.folder = checkpoint_every, checkpoints.RunFolder(self.out, keep)
         self.concurrency, self.parallel, self.decode_batch, self.seed = concurrency, parallel, decode_batch, seed
-        self.cache_gb = cache_gb
+        self.cache_gb, self.gap_alarm = cache_gb, gap_alarm
         self.precision, self.callbacks = precision, callbacks or []
         self.fabric = Fabric(
             accelerator=accelerator,
@@ -332,7 +337,7 @@ class RLTrainer:
                 total = torch.zeros(len(MEASURED), device=batch.tokens_BL.device)
                 for number, micro in enumerate(parts):
                     with self.fabric.no_backward_sync(module, enabled=number < len(parts) - 1):
-                        loss, measured = module(*totals, *micro.columns())
+                        loss, measured = module(Work(totals, micro))
                         # ranks average their gradients, the totals are global already
                         self.fabric.backward(loss * self.fabric.world_size)
                     total += measured
@@ -366,9 +371,8 @@ class RLTrainer:
         learned = float(self._sum(torch.tensor(float(kept))))
         tokens = self._sum(batch.mask_BT.sum()).clamp(min=1)
         kl = self._sum(((batch.old_BT - batch.reference_BT) * batch.mask_BT).sum()) / tokens
-        gap = (
-            (batch.old_BT - batch.behaviour_BT).abs() * (batch.provenance_BT == int(Provenance.SAMPLED)) * batch.mask_BT
-        )
+        sampled_BT = (batch.provenance_BT == int(Provenance.SAMPLED)) * batch.mask_BT
+        gap = float(objectives.sampler_gap(batch.old_BT, batch.behaviour_BT, sampled_BT, self._sum))
         seconds = times[-1] - times[0]
         metrics = {
             "reward": float(self._sum(batch.rewards_BT.sum()) / max(learned, 1.0)),
@@ -380,7 +384,8 @@ class RLTrainer:
             "kl": float(kl),
             "length": float(self._sum(torch.tensor(float(sum(r.length for r in rollouts)))) / n),
             "complete": float(self._sum(torch.tensor(float(sum(r.complete for r in rollouts)))) / n),
-            "sampler_gap": float(self._sum(gap.sum()) / tokens),
+            "sampler_gap": gap,
+            "sampler_gap_alarm": float(gap > self.gap_alarm),
             "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
             "seconds": seconds,
             "share_rollout": (times[1] - times[0] - progress.score_seconds) / seconds,
@@ -436,6 +441,13 @@ class RLTrainer:
             return
         self.logger.log_metrics(metrics, step)
         self.folder.log(step, metrics)
+        if metrics["sampler_gap_alarm"]:
+            warnings.warn(
+                f"step {step}: sampled tokens differ by {metrics['sampler_gap']:.3f} nats between sampler and trainer in the mean "
+                f"(trainer.gap_alarm {self.gap_alarm}); does the sampler prune (top_p, min_prior), or has it other weights or "
+                "another precision? model.importance corrects for it",
+                stacklevel=2,
+            )
         late = metrics["verdicts/timed_out"] / metrics["rollouts"]
         if late > MANY_TIMED_OUT:
             fate = "and were dropped" if self.drop_timed_out else "and were learned from as the reward pays them"

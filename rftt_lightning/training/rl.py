@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import lightning
 import torch
@@ -17,8 +20,8 @@ from torch import Tensor
 from rftt_lightning.core.contracts import Provenance, Rollout, UserError
 from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
-from rftt_lightning.policy import objectives
-from rftt_lightning.policy.vocab import Vocabulary, add_functional_tokens, load, masked_log_softmax
+from rftt_lightning.policy import logprobs, objectives
+from rftt_lightning.policy.vocab import Vocabulary, add_functional_tokens, load
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,9 @@ class RLBatch:
     """Scored rollouts as tensors, one a row; position t predicts token t + 1 of ``tokens_BL``.
 
     ``mask_BT`` is 1.0 on response tokens; ``states_BT`` their grammar states; ``provenance_BT`` who chose them;
-    ``behaviour_BT`` the sampler's log-probs; ``rewards_BT`` the segment rewards, each on the last token of its segment;
-    ``group_B`` numbers the problems. ``old_BT``, ``reference_BT`` (log-probs before the update) and ``advantage_BT`` come from
+    ``behaviour_BT`` the sampler's log-probs; ``node_BT`` the number of the segment's node, -1 outside the response, the same where
+    rollouts share the segment; ``rewards_BT`` the segment rewards, each on the last token of its segment; ``group_B`` numbers the
+    problems. ``old_BT``, ``reference_BT`` (log-probs before the update) and ``advantage_BT`` come from
     :meth:`RLModule.prepare`.
     """
 
@@ -36,6 +40,7 @@ class RLBatch:
     states_BT: Tensor
     provenance_BT: Tensor
     behaviour_BT: Tensor
+    node_BT: Tensor
     rewards_BT: Tensor
     group_B: Tensor
     old_BT: Tensor
@@ -69,12 +74,14 @@ class RLBatch:
 
 
 def collate(rollouts: Sequence[Rollout], vocabulary: Vocabulary) -> RLBatch:
-    """A batch of scored rollouts. The ids are those that were sampled; nothing is encoded again."""
+    """A batch of scored rollouts, those of a problem from one tree. The ids are those that were sampled; nothing is encoded
+    again."""
     groups = {name: i for i, name in enumerate(dict.fromkeys(r.problem.id for r in rollouts))}
     width = max(len(r.prompt) + r.length for r in rollouts)
     tokens = torch.zeros(len(rollouts), width, dtype=torch.long)
     mask, behaviour, rewards = (torch.zeros(len(rollouts), width - 1) for _ in range(3))
     states, provenance = (torch.zeros(len(rollouts), width - 1, dtype=torch.long) for _ in range(2))
+    node, numbers = torch.full((len(rollouts), width - 1), -1), defaultdict[tuple[Any, int], int](lambda: len(numbers))
     for row, rollout in enumerate(rollouts):
         response = [token for segment in rollout.segments for token in segment.tokens]
         tokens[row, : len(rollout.prompt) + len(response)] = torch.tensor([*rollout.prompt, *response])
@@ -83,37 +90,74 @@ def collate(rollouts: Sequence[Rollout], vocabulary: Vocabulary) -> RLBatch:
         states[row, span] = vocabulary.states(torch.tensor([response]))[0]
         provenance[row, span] = torch.tensor([p for segment in rollout.segments for p in segment.provenance])
         behaviour[row, span] = torch.tensor([x for segment in rollout.segments for x in segment.logprobs])
+        # outside a tree every segment is a node of its own
+        names = [(rollout.problem.id, k) for k in rollout.nodes] or [(row, k) for k in range(len(rollout.segments))]
         end = span.start - 1
-        for segment, reward in zip(rollout.segments, rollout.score.rewards, strict=True):  # type: ignore[union-attr]
+        for segment, name, reward in zip(rollout.segments, names, rollout.score.rewards, strict=True):  # type: ignore[union-attr]
+            node[row, end + 1 : end + 1 + len(segment.tokens)] = numbers[name]
             end += len(segment.tokens)
             rewards[row, end] += reward  # a segment without tokens shares the position of the one before it
     group = torch.tensor([groups[r.problem.id] for r in rollouts])
     empty = torch.zeros_like(mask)
-    return RLBatch(tokens, mask, states, provenance, behaviour, rewards, group, empty, empty, empty)
+    return RLBatch(tokens, mask, states, provenance, behaviour, node, rewards, group, empty, empty, empty)
+
+
+class Work:
+    """A micro-batch and the ``totals`` of its step, as :meth:`RLModule.forward` takes them. A class that Fabric does not know: in
+    mixed precision it rounds whatever tensor it finds in the arguments to bfloat16, and a log-probability of -8 is then off by
+    0.03, a count of 1,001 tokens by 1."""
+
+    def __init__(self, totals: Tensor, batch: RLBatch) -> None:
+        self.totals, self.batch = totals, batch
 
 
 MEASURED = ("loss", "clip_fraction", "entropy", "approx_kl")
 """What :meth:`RLModule.forward` measures besides the loss it returns."""
 
+CHOICES = {
+    "advantage": ("reinforce++", "reinforce++-baseline", "grpo", "dr.grpo", "rloo", "treerl", "treepo", "siblings"),
+    "kl": ("k1", "k2", "k3"),
+    "kl_in": ("reward", "loss"),
+    "gamma_per": ("token", "segment"),
+    "aggregation": ("token", "sequence", "constant"),
+    "importance": ("none", "truncated", "masked"),
+}
+"""Named options of :class:`RLModule`."""
+
 
 class RLModule(lightning.LightningModule):
-    """REINFORCE++ (arXiv 2501.03262) on rollouts of functional-token-guided search.
+    """REINFORCE++ (arXiv 2501.03262) and its relatives on rollouts of functional-token-guided search.
 
-    ``reinforce++`` is that paper's: per token the reward minus ``kl_beta`` times k1, summed to the return-to-go (eq. 6) and
-    whitened over the global batch (eq. 8). ``reinforce++-baseline`` takes the problem's mean reward off the last token first and
-    then only scales. It departs from the paper in its KL: there the baseline has a separate k2 loss beside the policy's, here the
-    k1 penalty stays in the token rewards (and is not part of the mean), so that one ``kl_beta`` means the same in both.
+    Named advantages; G is the return-to-go of a token (eq. 6 of that paper), R that of the first token, so of the rollout:
+
+    * ``reinforce++``: G, whitened over the tokens of the global batch (arXiv 2501.03262, eq. 8).
+    * ``reinforce++-baseline``: the problem's mean reward is first taken off the last token, then G is only scaled. The mean leaves
+      a KL penalty out. The paper's own has a k2 loss beside the policy's: ``kl: k2, kl_in: loss``.
+    * ``grpo``: (R - mean) / std among the problem's rollouts (arXiv 2402.03300, sec. 4.1.2; its KL is ``kl: k3, kl_in: loss``, its
+      mean ``aggregation: sequence``). ``dr.grpo``: R - mean (arXiv 2503.20783, whose mean is ``aggregation: constant``).
+      ``rloo``: R minus the mean of the OTHER rollouts (arXiv 2402.14740).
+    * ``treerl``: by segment, V its mean R over the rollouts through it: ((V - V(root)) + (V - V(parent))) / sqrt(rollouts through
+      it) (arXiv 2506.11902). ``siblings``: V normalised among the segment's siblings (arXiv 2506.05183). ``treepo``: R minus the
+      means of its subgroups, averaged, then whitened as reinforce++ (arXiv 2508.17445). Means are over the rollouts that search
+      made: where it chose among children, they are those of its choices, not of the policy alone.
 
     Args:
         model: Hugging Face folder, ``pkg:`` path or hub name of the SFT model; functional tokens that it lacks are added.
         tokens: functional-token table; None is the paper's.
         init: how added rows start, see ``add_functional_tokens``.
-        advantage: ``reinforce++`` or ``reinforce++-baseline``.
-        kl_beta: weight of the k1 penalty in the token rewards, at least 0.
-        gamma: discount per token, in 0..1.
+        advantage: one of the names above.
+        kl, kl_in, kl_beta: the estimate of KL(policy || reference), k1, k2 or k3; whether it is a penalty in the token rewards
+            (``reward``, of all response tokens) or a ``loss`` beside the policy's, weighted as that; its weight, at least 0.
+            Which of the six have a divergence's gradient says ``objectives.kl_penalty``: k1 in the reward has that of the
+            sequence, k2 in the loss that of each token, k1 in the loss none.
+        gamma, gamma_per: discount, in 0..1, per ``token`` or per ``segment``.
         clip_low, clip_high: how far the probability ratio may fall below and rise above 1, at least 0.
+        aggregation: of tokens to the loss, see ``objectives.aggregate``; constant_length: its divisor for ``constant``, at least 1.
+        importance: weighs sampled tokens by the trainer's probability over the sampler's: ``truncated`` at importance_cap,
+            ``masked`` outside 1 / importance_cap .. importance_cap, or ``none``; the cap is at least 1.
         temperature: of the log-probs, above 0; must be that of the sampling.
         forced_weight: weight in the loss of functional tokens that search forced (1 keeps, 0 masks them).
+        argmax_weight: the same for those that are the policy's favourites; None is forced_weight.
         lr, betas, weight_decay: of AdamW; warmup_steps, final_lr: linear warm-up, then cosine down to this share.
         dtype: of the weights; training in "bfloat16" loses small updates, prefer trainer.precision bf16-mixed.
         attention: Transformers' attention implementation.
@@ -128,12 +172,20 @@ class RLModule(lightning.LightningModule):
         tokens: str | None = None,
         init: str = "description",
         advantage: str = "reinforce++",
+        kl: str = "k1",
+        kl_in: str = "reward",
         kl_beta: float = 0.01,
         gamma: float = 1.0,
+        gamma_per: str = "token",
         clip_low: float = 0.2,
         clip_high: float = 0.2,
+        aggregation: str = "token",
+        constant_length: int = 1024,
+        importance: str = "none",
+        importance_cap: float = 2.0,
         temperature: float = 1.0,
         forced_weight: float = 1.0,
+        argmax_weight: float | None = None,
         lr: float = 5e-7,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
@@ -145,23 +197,32 @@ class RLModule(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if advantage not in ("reinforce++", "reinforce++-baseline"):
-            raise UserError(f"model.advantage is {advantage!r}; use reinforce++ or reinforce++-baseline")
+        for name, known in CHOICES.items():
+            if self.hparams[name] not in known:
+                raise UserError(f"model.{name} is {self.hparams[name]!r}; use {', '.join(known[:-1])} or {known[-1]}")
         needs = {
             "lr": (lr > 0, "above 0"),
             "temperature": (temperature > 0, "above 0, that of the sampling"),
             "gamma": (0 <= gamma <= 1, "in 0..1"),
             "final_lr": (0 <= final_lr <= 1, "in 0..1, a share of lr"),
             "betas": (all(0 <= beta < 1 for beta in betas), "two numbers from 0 to below 1"),
+            "constant_length": (constant_length >= 1, "at least 1"),
+            "importance_cap": (importance_cap >= 1, "at least 1"),
+            "argmax_weight": (argmax_weight is None or argmax_weight >= 0, "null or at least 0"),
         }
         for name in ("kl_beta", "clip_low", "clip_high", "forced_weight", "weight_decay", "warmup_steps"):
             needs[name] = (self.hparams[name] >= 0, "at least 0")
         for name, (holds, need) in needs.items():
             if not holds:
                 raise UserError(f"model.{name} is {self.hparams[name]}; it must be {need}")
+        if (kl, kl_in) == ("k1", "loss") and kl_beta:
+            warnings.warn(
+                "model.kl k1 in the loss has an expected gradient of 0; use k2, or kl_in reward", stacklevel=2
+            )
         self.table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
         self.model, self.tokenizer = load(model, dtype, attention)
         add_functional_tokens(self.model, self.tokenizer, self.table, init, seed)
+        logprobs.check_parts(self.model)
         width = self.model.get_output_embeddings().weight.shape[0]
         self.vocabulary = Vocabulary(self.tokenizer, self.table, width)
         self.register_buffer("allowed_SV", self.vocabulary.allowed_SV, persistent=False)
@@ -171,59 +232,86 @@ class RLModule(lightning.LightningModule):
     def reference(self) -> torch.nn.Module:
         return self._reference[0]
 
-    def log_probs(self, model: torch.nn.Module, batch: RLBatch) -> Tensor:
-        """Log-probabilities [B, T, V] under the grammar mask, the distribution that was sampled from."""
-        logits_BTV = model(input_ids=batch.tokens_BL, use_cache=False).logits[:, :-1]
-        return masked_log_softmax(logits_BTV, batch.states_BT, self.allowed_SV, self.hparams.temperature)
+    def log_probs(self, model: torch.nn.Module, batch: RLBatch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [B, T] of the response tokens under the grammar mask, the distribution that was sampled from, and its
+        entropy; 0 elsewhere. Only response tokens have logits, some at a time."""
+        where_BT = batch.mask_BT > 0
+        backbone, head = logprobs.parts(model)
+        hidden_BTH = backbone(input_ids=batch.tokens_BL, use_cache=False).last_hidden_state[:, :-1]
+        columns = (x_BT[where_BT] for x_BT in (hidden_BTH, batch.tokens_BL[:, 1:], batch.states_BT))
+        found = logprobs.written(head, *columns, self.allowed_SV, self.hparams.temperature)
+        logp_BT, entropy_BT = (torch.zeros_like(batch.mask_BT).masked_scatter(where_BT, x_N) for x_N in found)
+        return logp_BT, entropy_BT
 
     @torch.no_grad()
     def prepare(self, batch: RLBatch, rows: int, reduce: objectives.Reduce = lambda x: x) -> RLBatch:
         """Fill in old and reference log-probs, ``rows`` rows at a time, and the advantages over the global batch."""
+        self.model.eval()
         old_BT, reference_BT = torch.zeros_like(batch.mask_BT), torch.zeros_like(batch.mask_BT)
         for index, part in batch.split(rows):
             span = slice(part.mask_BT.shape[1])
-            old_BT[index, span], reference_BT[index, span] = self._old_and_reference(part)
-        kl_BT = objectives.kl_penalty(old_BT, reference_BT) * batch.mask_BT
-        rewards_BT, baseline = batch.rewards_BT, self.hparams.advantage == "reinforce++-baseline"
-        if baseline:  # the mean total reward of the problem's rollouts is taken off the last response token
-            total_B = rewards_BT.sum(1)
-            offset_B = objectives.subtract_group_mean(total_B, batch.group_B) - total_B
-            rewards_BT = rewards_BT.scatter_add(1, last_positions(batch.mask_BT)[:, None], offset_B[:, None])
-        returns_BT = objectives.returns_to_go(rewards_BT - self.hparams.kl_beta * kl_BT, self.hparams.gamma)
-        advantage_BT = objectives.whiten(returns_BT, batch.mask_BT, reduce, center=not baseline)
-        return replace(batch, old_BT=old_BT, reference_BT=reference_BT, advantage_BT=advantage_BT)
+            old_BT[index, span], _ = self.log_probs(self.model, part)
+            reference_BT[index, span], _ = self.log_probs(self.reference, part)
+        batch = replace(batch, old_BT=old_BT, reference_BT=reference_BT)
+        return replace(batch, advantage_BT=self.advantages(batch, reduce))
 
-    def _old_and_reference(self, batch: RLBatch) -> tuple[Tensor, Tensor]:
-        self.model.eval()
-        targets_BT, masked = batch.tokens_BL[:, 1:], batch.mask_BT == 0
-        both = (objectives.take(self.log_probs(m, batch), targets_BT) for m in (self.model, self.reference))
-        old_BT, reference_BT = (x.masked_fill(masked, 0.0) for x in both)
-        return old_BT, reference_BT
+    def advantages(self, batch: RLBatch, reduce: objectives.Reduce = lambda x: x) -> Tensor:
+        """Advantages [B, T] by their name, 0 outside the response."""
+        settings, name = self.hparams, self.hparams.advantage
+        rewards_BT, mask_BT, group_B = batch.rewards_BT, batch.mask_BT, batch.group_B
+        if name == "reinforce++-baseline":
+            # the mean total reward of the problem's rollouts is taken off the last response token
+            total_B = rewards_BT.sum(1)
+            offset_B = objectives.subtract_group_mean(total_B, group_B) - total_B
+            rewards_BT = rewards_BT.scatter_add(1, last_positions(mask_BT)[:, None], offset_B[:, None])
+        if settings.kl_in == "reward":
+            kl_BT = objectives.kl_penalty(batch.old_BT, batch.reference_BT, settings.kl) * mask_BT
+            rewards_BT = rewards_BT - settings.kl_beta * kl_BT
+        ends_BT = objectives.segment_ends(batch.node_BT) if settings.gamma_per == "segment" else None
+        returns_BT = objectives.returns_to_go(rewards_BT, settings.gamma, ends_BT)
+        if name.startswith("reinforce++"):
+            return objectives.whiten(returns_BT, mask_BT, reduce, center=name == "reinforce++")
+        total_B = returns_BT.gather(1, mask_BT.argmax(1, keepdim=True))[:, 0]
+        if name in ("treerl", "siblings"):
+            return getattr(objectives, name)(total_B, batch.node_BT, group_B) * mask_BT
+        if name == "treepo":
+            gain_B = objectives.treepo(total_B, batch.node_BT, group_B)
+            return objectives.whiten(gain_B[:, None] * mask_BT, mask_BT, reduce)
+        if name == "grpo":
+            gain_B = objectives.normalise_groups(total_B, group_B)
+        else:
+            gain_B = objectives.subtract_group_mean(total_B, group_B, leave_one_out=name == "rloo")
+        return gain_B[:, None] * mask_BT
 
     def totals(self, batch: RLBatch) -> Tensor:
-        """Weight and number [2] of the response tokens: what :meth:`forward` divides by, before the sum over ranks."""
-        return torch.stack([self.weights(batch).sum(), batch.mask_BT.sum()])
+        """What the loss is divided by, and the number of response tokens [2], before the sum over ranks."""
+        return torch.stack([self.weights(batch)[1], batch.mask_BT.sum()])
 
-    def weights(self, batch: RLBatch) -> Tensor:
-        """Weight [B, T] of each token in the loss: 0 outside the response, ``forced_weight`` where search chose."""
-        forced_BT = batch.provenance_BT != int(Provenance.SAMPLED)
-        return torch.where(forced_BT, self.hparams.forced_weight, 1.0) * batch.mask_BT
+    def weights(self, batch: RLBatch) -> tuple[Tensor, Tensor]:
+        """Share [B, T] of each token in the loss, and the divisor of their sum: ``aggregation`` over response tokens, of which
+        those weigh ``forced_weight`` or ``argmax_weight`` that the policy did not sample."""
+        settings = self.hparams
+        weight_BT = torch.where(batch.provenance_BT == int(Provenance.UCT), settings.forced_weight, 1.0)
+        argmax = settings.forced_weight if settings.argmax_weight is None else settings.argmax_weight
+        weight_BT = weight_BT.masked_fill(batch.provenance_BT == int(Provenance.ARGMAX), argmax)
+        return objectives.aggregate(weight_BT * batch.mask_BT, settings.aggregation, settings.constant_length)
 
-    def forward(self, weight: Tensor, count: Tensor, *columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of a micro-batch, and its detached share of :data:`MEASURED`. Of the whole optimizer step, over all ranks,
-        ``weight`` is the weight of all tokens, which divides loss and clip fraction, and ``count`` the number of response tokens,
-        which divides the rest. ``columns`` are the fields of an :class:`RLBatch` (Fabric's wrapper takes tensors, not frozen
-        records)."""
-        batch = RLBatch(*columns)
-        logp_BTV = self.log_probs(self.model, batch)
-        logp_BT = objectives.take(logp_BTV, batch.tokens_BL[:, 1:]).masked_fill(batch.mask_BT == 0, 0.0)
-        clip = self.hparams.clip_low, self.hparams.clip_high
-        loss, clipped = objectives.ppo_loss(
-            logp_BT, batch.old_BT, batch.advantage_BT, self.weights(batch), weight, *clip
-        )
-        entropy = (objectives.entropy(logp_BTV.detach()) * batch.mask_BT).sum() / count
-        moved = (objectives.kl_penalty(batch.old_BT, logp_BT.detach(), "k3") * batch.mask_BT).sum() / count
-        return loss, torch.stack([loss.detach(), clipped.detach(), entropy, moved])
+    def forward(self, work: Work) -> tuple[Tensor, Tensor]:
+        """Loss of a micro-batch, and its detached share of :data:`MEASURED`. The totals are those of the whole optimizer step, over
+        all ranks: the first divides loss and clip fraction, the second the rest."""
+        (divisor, count), batch, settings = work.totals, work.batch, self.hparams
+        logp_BT, entropy_BT = self.log_probs(self.model, batch)
+        weight_BT, _ = self.weights(batch)
+        sampled_BT = batch.provenance_BT == int(Provenance.SAMPLED)
+        trust_BT = objectives.importance(batch.old_BT, batch.behaviour_BT, settings.importance, settings.importance_cap)
+        weight_BT = torch.where(sampled_BT, weight_BT * trust_BT, weight_BT)
+        clip = settings.clip_low, settings.clip_high
+        loss, clipped = objectives.ppo_loss(logp_BT, batch.old_BT, batch.advantage_BT, weight_BT, divisor, *clip)
+        if settings.kl_in == "loss":
+            kl = objectives.kl_loss(logp_BT, batch.reference_BT, weight_BT, divisor, settings.kl)
+            loss = loss + settings.kl_beta * kl
+        moved_BT = objectives.kl_penalty(batch.old_BT, logp_BT.detach(), "k3") * batch.mask_BT
+        return loss, torch.stack([loss.detach(), clipped.detach(), entropy_BT.sum() / count, moved_BT.sum() / count])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         settings = self.hparams
