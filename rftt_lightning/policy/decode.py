@@ -292,11 +292,8 @@ class Batch:
         free = request.after is None
         force = -1 if free or request.force is None else vocabulary.names.index(request.force)
         self.requests[place] = entry.number, request
-        token, state, written = (
-            request.prompt[-1],
-            0 if request.after is None else vocabulary.boundary(request.after),
-            0,
-        )
+        state = 0 if request.after is None else vocabulary.boundary(request.after)
+        token, written = request.prompt[-1], 0
         if entry.tags is not None:  # the forced token is there without a forward pass
             self.written[place, 0, :2] = self.opens_F[force], entry.tags[force]
             self.written[place, 0, 2:] = entry.tags
