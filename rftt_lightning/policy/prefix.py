@@ -38,8 +38,8 @@ class PrefixCache:
     def __init__(self, budget: int) -> None:
         self.budget, self.slot_bytes = budget, 0
         self.stamp: Hashable = None
-        self.keys_YNHD: Tensor | None = None
-        self.values_YNHD: Tensor | None = None
+        self.keys_YHND: Tensor | None = None
+        self.values_YHND: Tensor | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -56,13 +56,13 @@ class PrefixCache:
 
     def release(self) -> None:
         """Forget everything and give the memory back."""
-        self.keys_YNHD = self.values_YNHD = None
+        self.keys_YHND = self.values_YHND = None
         self._clear()
 
     @property
     def capacity(self) -> int:
         """Positions that fit the budget; 0 before their size is known."""
-        return 0 if self.keys_YNHD is None else self.keys_YNHD.shape[1]
+        return 0 if self.keys_YHND is None else self.keys_YHND.shape[2]
 
     @property
     def bytes(self) -> int:
@@ -72,7 +72,7 @@ class PrefixCache:
     @property
     def fresh(self) -> bool:
         """Nothing is known yet, and something could be."""
-        unknown = self.keys_YNHD is None and self.budget > 0
+        unknown = self.keys_YHND is None and self.budget > 0
         return (unknown or self.capacity > 0) and not self.root.children
 
     def match(self, tokens: Sequence[int]) -> np.ndarray:
@@ -157,13 +157,13 @@ class PrefixCache:
 
     def shape(self, keys_YBHLD: Tensor, values_YBHLD: Tensor) -> None:
         """Make the pool, if it is not there, for keys and values like these (under autocast these two may differ)."""
-        likes, pools = (keys_YBHLD, values_YBHLD), (self.keys_YNHD, self.values_YNHD)
+        likes, pools = (keys_YBHLD, values_YBHLD), (self.keys_YHND, self.values_YHND)
         if all(p is not None and (p.dtype, p.device) == (x.dtype, x.device) for p, x in zip(pools, likes, strict=True)):
             return
         self.slot_bytes = sum(x.shape[0] * x.shape[2] * x.shape[4] * x.element_size() for x in likes)
         size = self.budget // self.slot_bytes
         # A GPU gives this memory at once; a CPU when a slot is first written, so that what is not used costs nothing.
-        self.keys_YNHD, self.values_YNHD = (x.new_empty(x.shape[0], size, x.shape[2], x.shape[4]) for x in likes)
+        self.keys_YHND, self.values_YHND = (x.new_empty(x.shape[0], x.shape[2], size, x.shape[4]) for x in likes)
         self._clear()
 
     def _make_room(self, count: int, keep: _Edge) -> bool:

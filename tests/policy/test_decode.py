@@ -516,7 +516,7 @@ def test_memory_is_given_back(world):
     trees(made, TokenExpander(rollouts=3, sampling=SAMPLED, max_tokens=40))
     assert made._prefixes.bytes > 0
     made.release()
-    assert made._prefixes.bytes == 0 and made._prefixes.keys_YNHD is None
+    assert made._prefixes.bytes == 0 and made._prefixes.keys_YHND is None
     trees(made, TokenExpander(rollouts=3, sampling=SAMPLED, max_tokens=40))
 
 
@@ -524,4 +524,16 @@ def test_half_precision(world):
     model, tokenizer = build()
     made = backend((model.to(torch.bfloat16), tokenizer))
     assert len(trees(made, TokenExpander(rollouts=3, sampling=SAMPLED, max_tokens=40))) == 5
-    assert made._prefixes.keys_YNHD.dtype == torch.bfloat16
+    assert made._prefixes.keys_YHND.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_a_prompt_that_fills_the_context_gets_no_token(world, spare):
+    made = backend(world)
+    prompt = (made.chat([Message("user", "what is number 3 ?")]) * 100)[: made.limit - spare]
+    if spare:
+        (completion,) = made.generate([Request(prompt, 0, 5, force="cot")])
+    else:
+        with pytest.warns(UserWarning, match="fills the model's"):
+            (completion,) = made.generate([Request(prompt, 0, 5, force="cot")])
+    assert completion.finish is Finish.CONTEXT and len(completion.segments[0].tokens) == spare

@@ -26,8 +26,8 @@ def insert(made: PrefixCache, tokens: tuple[int, ...], **tags) -> int:
     """Insert, and write what belongs there; returns how many tokens were new."""
     slots = made.insert(tokens, **tags)
     for slot, end in zip(slots, range(len(tokens) - len(slots) + 1, len(tokens) + 1), strict=True):
-        made.keys_YNHD[:, slot] = value(tokens[:end])
-        made.values_YNHD[:, slot] = -value(tokens[:end])
+        made.keys_YHND[:, :, slot] = value(tokens[:end])
+        made.values_YHND[:, :, slot] = -value(tokens[:end])
     return len(slots)
 
 
@@ -35,8 +35,8 @@ def check(made: PrefixCache, tokens: tuple[int, ...]) -> int:
     """What is matched is what was written for exactly this prefix; returns its length."""
     slots = made.match(tokens)
     for slot, end in zip(slots, range(1, len(slots) + 1), strict=True):
-        assert (made.keys_YNHD[:, slot] == value(tokens[:end])).all()
-        assert (made.values_YNHD[:, slot] == -value(tokens[:end])).all()
+        assert (made.keys_YHND[:, :, slot] == value(tokens[:end])).all()
+        assert (made.values_YHND[:, :, slot] == -value(tokens[:end])).all()
     return len(slots)
 
 
@@ -130,7 +130,7 @@ def test_another_dtype_begins_another_pool():
     insert(made, (1, 2))
     keys, values = torch.zeros(3, 1, 2, 5, 4), torch.zeros(3, 1, 2, 5, 4, dtype=torch.bfloat16)
     made.shape(keys, values)  # under autocast
-    assert check(made, (1, 2)) == 0 and made.values_YNHD.dtype == torch.bfloat16 and made.capacity == 5
+    assert check(made, (1, 2)) == 0 and made.values_YHND.dtype == torch.bfloat16 and made.capacity == 5
     insert(made, (1, 2))
     made.shape(keys, values)
     assert len(made.match((1, 2))) == 2
@@ -142,4 +142,4 @@ def test_without_a_budget_or_a_pool_nothing_is_known():
     made = cache(4)
     insert(made, (1, 2))
     made.release()
-    assert len(made.match((1, 2))) == 0 and made.bytes == 0 and made.keys_YNHD is None
+    assert len(made.match((1, 2))) == 0 and made.bytes == 0 and made.keys_YHND is None
