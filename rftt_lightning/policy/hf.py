@@ -12,11 +12,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rftt_lightning.core.contracts import Completion, Finish, Provenance, Request, Segment, UserError, collect
-from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.policy.decode import Batch, Row
 from rftt_lightning.policy.prefix import PrefixCache
-from rftt_lightning.policy.tokenized import TokenizedBackend, end_ids
+from rftt_lightning.policy.tokenized import TokenizedBackend, end_ids, read_table
 from rftt_lightning.policy.vocab import load
 
 
@@ -51,11 +50,8 @@ class HFBackend(TokenizedBackend):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto" and device == "cpu":
             dtype = "float32"
-        table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
-        for name in mask:
-            if name not in table.names:
-                raise UserError(f"backend.mask names {name!r}, which is not among the tokens {', '.join(table.names)}")
-        self._attach(*load(model, dtype, attention, device), table.without(*mask), batch_size, cache_gb)
+        table = read_table(tokens, mask)
+        self._attach(*load(model, dtype, attention, device), table, batch_size, cache_gb)
         precision = str(self.model.dtype).removeprefix("torch.")
         self.name = f"{model} {fingerprint(self.model)} {precision}"  # stores refuse to mix the trees of two models
 
@@ -112,19 +108,18 @@ class HFBackend(TokenizedBackend):
                     ready.append((number, self.unwritten(request)))
             return fitting
 
-        stamp, busy = self._stamp(), True
-        self._prefixes.renew((stamp, fingerprint(self.model)))
         batch = Batch(self.model, self.vocabulary, self.ends, self.limit, self.batch_size, self._prefixes, self.usage)
+        stamp, busy = None, True
         while busy:
+            if stamp != (now := self._stamp()):
+                if len(batch):
+                    raise RuntimeError("the model's weights changed while requests were under way")
+                stamp = now
+                self._prefixes.renew((stamp, fingerprint(self.model)))
             busy = self._decode(batch, checked, ready)
             if ready:
                 yield ready
                 ready = []
-            if stamp != self._stamp():
-                if len(batch):
-                    raise RuntimeError("the model's weights changed while requests were under way")
-                stamp = self._stamp()
-                self._prefixes.renew((stamp, fingerprint(self.model)))
 
     def _decode(
         self,

@@ -39,8 +39,7 @@ from rftt_lightning.core.contracts import (
     collect,
 )
 from rftt_lightning.core.paths import resolve
-from rftt_lightning.core.tokens import TokenTable
-from rftt_lightning.policy.tokenized import TokenizedBackend, end_ids
+from rftt_lightning.policy.tokenized import TokenizedBackend, end_ids, read_table
 
 T = TypeVar("T")
 
@@ -296,12 +295,9 @@ class RemoteBackend(TokenizedBackend):
         for name, value in (("timeout", timeout), ("patience", patience)):
             if not 0 < value < math.inf:
                 raise UserError(f"backend.{name} is {value}; it must be a number of seconds above 0")
-        table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
-        for name in mask:
-            if name not in table.names:
-                raise UserError(f"backend.mask names {name!r}, which is not among the tokens {', '.join(table.names)}")
+        table = read_table(tokens, mask)
         read, width, ends, limit = _read_tokenizer(tokenizer)
-        self._bind(read, table.without(*mask), width, ends, limit, concurrency)
+        self._bind(read, table, width, ends, limit, concurrency)
         self.model, self.auto = model, dialect == "auto"
         self.dialect = DIALECTS["vllm" if self.auto else dialect]
         self.reload_path, self.reload_body = reload_path, reload_body or {"model_path": "{folder}"}

@@ -19,11 +19,22 @@ from rftt_lightning.core.contracts import (
     Segment,
     UserError,
 )
+from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.policy.vocab import Vocabulary
 
 NOTHING = TokenTable((), {QUESTION: ()}, {QUESTION: ()})
 """The table of a model that knows no functional tokens."""
+
+
+def read_table(tokens: str | None, mask: Sequence[str]) -> TokenTable:
+    """The functional-token table of a YAML file (None is the paper's) without the tokens of ``mask``. Raises
+    :class:`UserError` if one of these is not in it."""
+    table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
+    for name in mask:
+        if name not in table.names:
+            raise UserError(f"backend.mask names {name!r}, which is not among the tokens {', '.join(table.names)}")
+    return table.without(*mask)
 
 
 class TokenizedBackend(Backend):

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from rftt_lightning.core.contracts import (
     Backend,
     Completion,
-    Finish,
     Problem,
     ProblemSource,
     Request,
@@ -43,7 +42,6 @@ class Progress:
     score_seconds: float = 0.0
     began: float = field(default_factory=time.monotonic)
     verdicts: Counter[Status] = field(default_factory=Counter)
-    finishes: Counter[Finish] = field(default_factory=Counter)
 
     @property
     def seconds(self) -> float:
@@ -192,7 +190,6 @@ class _Driver:
         self.progress.tokens += written
         self.progress.useful += written
         self.progress.computed += completion.computed
-        self.progress.finishes[completion.finish] += 1
 
     def begin(self) -> list[_Growing]:
         """Begin the next round of the trees that were told; returns those that have none, which are finished."""
