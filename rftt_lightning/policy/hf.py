@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import Module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rftt_lightning.core.contracts import Completion, Finish, Provenance, Request, Segment, UserError, collect
@@ -109,14 +111,17 @@ class HFBackend(TokenizedBackend):
             return fitting
 
         batch = Batch(self.model, self.vocabulary, self.ends, self.limit, self.batch_size, self._prefixes, self.usage)
+        # Listed once: to go through a model takes as long as to write some tokens with a small one.
+        modules, weights = list(self.model.modules()), list(self.model.parameters())
         stamp, busy = None, True
         while busy:
-            if stamp != (now := self._stamp()):
+            if stamp != (now := self._stamp(weights)):
                 if len(batch):
                     raise RuntimeError("the model's weights changed while requests were under way")
                 stamp = now
                 self._prefixes.renew((stamp, fingerprint(self.model)))
-            busy = self._decode(batch, checked, ready)
+            with _evaluating(modules):
+                busy = self._decode(batch, checked, ready)
             if ready:
                 yield ready
                 ready = []
@@ -130,25 +135,22 @@ class HFBackend(TokenizedBackend):
         """Decode until it is time to hand over what is ``ready``: when rows are lacking, and before there is too much to take in
         at once. Returns whether there may be more to do."""
         try:
-            with _evaluating(self.model):
-                while True:
-                    full = batch.admit(more)
-                    if not len(batch):
-                        return bool(ready)
-                    ready += [(number, self._completion(request, row)) for number, request, row in batch.step()]
-                    lacking = not full and self.batch_size - len(batch) >= max(self.batch_size // 16, 1)
-                    if ready and (lacking or len(ready) >= max(self.batch_size // 4, 1)):
-                        return True
+            while True:
+                full = batch.admit(more)
+                if not len(batch):
+                    return bool(ready)
+                ready += [(number, self._completion(request, row)) for number, request, row in batch.step()]
+                lacking = not full and self.batch_size - len(batch) >= max(self.batch_size // 16, 1)
+                if ready and (lacking or len(ready) >= max(self.batch_size // 4, 1)):
+                    return True
         except BaseException:  # a prefix may be noted whose keys and values are not there yet
             self._prefixes.release()
             raise
 
-    def _stamp(self) -> tuple[object, ...]:
+    def _stamp(self, weights: Sequence[Tensor]) -> tuple[object, ...]:
         """What keys and values are valid for: the policy version; and, should a caller have forgotten to raise that, where the
         weights are and how often they were written. Not seen: writes through ``.data`` under way, adapters that are switched."""
-        places = tuple(
-            (p.data_ptr(), p.dtype, p.device, 0 if p.is_inference() else p._version) for p in self.model.parameters()
-        )
+        places = tuple((p.data_ptr(), p.dtype, p.device, 0 if p.is_inference() else p._version) for p in weights)
         kind = self.model.device.type
         return self.version, places, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
 
@@ -186,7 +188,7 @@ class HFBackend(TokenizedBackend):
             first = request.forced_as
         closed = tokens[-1] in self.closes
         return Segment(
-            tag=self.tokens.names[self.vocabulary.opens.index(tokens[0])],
+            tag=self.vocabulary.names[self.vocabulary.opens.index(tokens[0])],
             tokens=tokens,
             logprobs=tuple(row.logprobs[begin:end]),
             provenance=(int(first), *[int(Provenance.SAMPLED)] * (len(tokens) - 1)),
@@ -201,14 +203,15 @@ class HFBackend(TokenizedBackend):
         if position not in row.tags:
             return {}
         probabilities = np.exp(row.tags[position]).tolist()
-        return {tag: p for tag, p in zip(self.tokens.names, probabilities, strict=True) if p > 0.0}
+        return {tag: p for tag, p in zip(self.vocabulary.names, probabilities, strict=True) if p > 0.0}
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """The model without dropout; afterwards it is as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def _evaluating(modules: Sequence[Module]) -> Iterator[None]:
+    """A model's modules without dropout; afterwards they are as they were."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:

@@ -57,6 +57,7 @@ class TokenizedBackend(Backend):
         self.tokenizer, self.tokens, self.ends, self.limit, self.batch_size = tokenizer, table, ends, limit, batch_size
         self.vocabulary = Vocabulary(tokenizer, table if taught else NOTHING, width, ends)
         self._chat = lru_cache(maxsize=1 << 10)(self._template)
+        self._text = lru_cache(maxsize=1 << 12)(self._detokenize)  # short contents recur
 
     def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
         return self._chat(tuple(messages))
@@ -108,6 +109,9 @@ class TokenizedBackend(Backend):
         return Completion((segment,), finish=Finish.CONTEXT)
 
     def text(self, tokens: Sequence[int]) -> str:
+        return self._text(tuple(tokens))
+
+    def _detokenize(self, tokens: tuple[int, ...]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 

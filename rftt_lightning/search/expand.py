@@ -12,6 +12,7 @@ import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from rftt_lightning.core.contracts import (
@@ -146,9 +147,9 @@ class TokenExpander(Expander):
         if self.mode == "sample":
             return tree.plan(node, [first])[0]
         if self.children == "legal":
-            ranked = sorted(priors, key=lambda tag: -priors[tag])
-            others = [tag for tag in ranked if priors[tag] >= self.sampling.min_prior and tag != taken.tag]
-            rest = [Plan(tag, priors[tag]) for tag in others[: self.width - 1]]
+            ranked = sorted(priors.items(), key=itemgetter(1), reverse=True)
+            others = [Plan(tag, p) for tag, p in ranked if p >= self.sampling.min_prior and tag != taken.tag]
+            rest = others[: self.width - 1]
         else:
             likely = {tag: p for tag, p in priors.items() if p >= self.sampling.min_prior}
             likely = likely or {
