@@ -44,7 +44,7 @@ $(ENGINE)/installed:
 	touch $@
 
 demo: install
-	$(BIN)/python experiments/demo/run.py --out runs/demo
+	$(BIN)/rftt sweep --config experiments/demo/sweep.yaml --out runs/demo
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope

@@ -19,7 +19,7 @@ FIT = {"sft", "rl"}  # commands with the subcommand fit
 
 
 def command_of(name: str) -> list[str]:
-    """``tiny/evaluate_cot.yaml`` is read by evaluate, ``tiny/sft.yaml`` by sft fit."""
+    """``tiny/evaluate_cot.yaml`` is read by evaluate, ``tiny/sft.yaml`` by sft fit, ``demo/sweep.yaml`` by sweep."""
     command = Path(name).stem.partition("_")[0]
     return [command, "fit"] if command in FIT else [command]
 

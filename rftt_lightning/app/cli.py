@@ -23,6 +23,7 @@ COMMANDS = {
     "sft": ("rftt_lightning.app.sft", "fine-tune a model on annotated paths"),
     "rl": ("rftt_lightning.app.rl", "reinforcement learning by functional-token-guided tree search"),
     "evaluate": ("rftt_lightning.app.evaluate", "accuracy, greedy and with n rollouts, with intervals and costs"),
+    "sweep": ("rftt_lightning.app.sweep", "run a plan of such commands over seeds, side by side, resumable"),
     "check": ("rftt_lightning.app.check", "judge answers against gold answers"),
 }
 """Name -> (module with ``main(args)``, one line of help)."""

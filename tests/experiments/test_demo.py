@@ -33,7 +33,8 @@ def shrink(folder: Path) -> None:
 
 
 def demo(out: Path, world: Path, short: int = 2) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "experiments/demo/run.py", f"--out={out}", f"--world={world}", f"--short={short}"]
+    command = [sys.executable, "-m", "rftt_lightning", "sweep", "--config=experiments/demo/sweep.yaml", f"--out={out}"]
+    command += [f"--variables.world={world}", f"--variables.short={short}"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
@@ -41,22 +42,23 @@ def demo(out: Path, world: Path, short: int = 2) -> subprocess.CompletedProcess[
 @pytest.mark.slow
 def test_demo_runs_from_search_to_table_and_skips_what_is_done(tmp_path):
     shrink(tmp_path / "world")
-    first = demo(tmp_path / "out", tmp_path / "world")
+    out = tmp_path / "out"
+    first = demo(out, tmp_path / "world")
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text())["seed-0"]
     for arm in ARMS:
         row = results[arm]
         assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1 and row["n"] == 20
         assert sum(row["verdicts"].values()) == 20
-        assert json.loads((tmp_path / "out" / f"evaluate_{arm}" / "results.json").read_text())["greedy"] == row
+        folder = out if arm == "base" else out / "seed-0"
+        assert json.loads((folder / f"evaluate_{arm}" / "results.json").read_text())["greedy"] == row
     assert results["rl_masked"]["functional_tokens_per_answer"]["verify"] == 0
     assert sorted(map(int, results["rollouts"])) == [1, 2, 4, 8, 16]
-    assert (tmp_path / "out" / "evaluate_rl" / "accuracy.png").stat().st_size > 1000
-    assert set(results["seconds"]) > {"search", "curate", "sft", "rl", "total"}
-    again = demo(tmp_path / "out", tmp_path / "world")
-    assert again.returncode == 0
-    repeated = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {arm: repeated[arm] for arm in ARMS} == {arm: results[arm] for arm in ARMS}
-    assert repeated["seconds"] == results["seconds"]  # nothing ran again
-    other = demo(tmp_path / "out", tmp_path / "world", short=3)
+    assert (out / "seed-0" / "evaluate_rl" / "accuracy.png").stat().st_size > 1000
+    assert "RL without warm-up *" in first.stdout and "n = 16" in first.stdout
+    stages = (out / "stages.json").read_text()
+    again = demo(out, tmp_path / "world")
+    assert again.returncode == 0 and "RL without warm-up *" in again.stdout
+    assert (out / "stages.json").read_text() == stages  # nothing ran again
+    other = demo(out, tmp_path / "world", short=3)
     assert other.returncode == 2 and "rl_no_warmup" in other.stderr and "other settings" in other.stderr

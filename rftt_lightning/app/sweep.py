@@ -1,0 +1,305 @@
+"""``rftt sweep``: commands that build on each other, over seeds, side by side; an interrupted one goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import signal
+import string
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from rich.live import Live
+from rich.table import Table
+
+from rftt_lightning.app.command import make_folder, run_command
+from rftt_lightning.core.contracts import UserError
+
+POLL = 0.2
+"""Seconds between looks at the commands that run."""
+
+PROGRAMS = {"rftt": (sys.executable, "-m", "rftt_lightning"), "python": (sys.executable,)}
+"""What the first word of a command may be, and what it stands for."""
+
+
+def sweep(
+    stages: dict[str, str],
+    out: str = "runs/sweep",
+    seeds: list[int] = [0],  # noqa: B006  jsonargparse shows the default
+    variables: dict[str, str | int | float] = {},  # noqa: B006
+    lanes: int = 2,
+    threads: int = 1,
+    show: list[str] = [],  # noqa: B006
+    only: list[str] = [],  # noqa: B006
+    plan: bool = False,
+) -> None:
+    """Run a plan of commands, each once what it builds on is done; what is done is not run again.
+
+    In a command ``$here`` is the stage's own folder, ``$sft`` that of the stage ``sft``, which then must come first, ``$seed`` the
+    seed, and any other name one of ``variables``. A stage runs once for each seed if it, or what it builds on, names the seed, in
+    ``out/seed-N/STAGE``; else once for all, in ``out/STAGE``. A stage that names ``$out`` comes after all that do not.
+
+    When a command fails, what builds on it is left out and the rest goes on; the exit status is then 1. Ctrl-C and SIGTERM are
+    passed on to the commands, which save what they have.
+
+    Args:
+        stages: name -> command line, whose first word is rftt or python; run without a shell.
+        out: folder of all stages; logs/ has what they print, stages.json what is done and in how many seconds.
+        seeds: of the stages that name the seed.
+        variables: for other names in the commands.
+        lanes: commands side by side; threads: CPU threads of each.
+        show: stages whose output is printed at the end.
+        only: stages to be run, with what they build on; empty is all.
+        plan: print the commands and stop.
+    """
+    for name, value in (("lanes", lanes), ("threads", threads)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    for name in (*show, *only):
+        if name not in stages:
+            raise UserError(f"show and only name stages; {name!r} is none of {', '.join(stages)}")
+    runs = _wanted(expand(stages, Path(out), seeds, variables), only)
+    if plan:
+        print("\n".join(shlex.join(run.args) for run in runs))
+        return
+    sweeper = Sweeper(Path(out), runs, lanes, threads)
+    sweeper.run()
+    for run in runs:
+        if run.stage in show and run.name in sweeper.done:
+            print(sweeper.log(run).read_text(encoding="utf-8", errors="replace"), end="")
+    if sweeper.failed:
+        raise SystemExit(1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stage for one seed; ``needs`` are the names of the runs whose files it reads."""
+
+    name: str
+    stage: str
+    args: tuple[str, ...]
+    needs: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """Of the command line, and the configs that it names."""
+        digest = hashlib.sha256("\0".join(self.args).encode())
+        for word, path in zip(self.args, self.args[1:], strict=False):
+            if word == "--config":
+                try:
+                    digest.update(Path(path).read_bytes())
+                except OSError as error:
+                    raise UserError(f"stage {self.stage}: cannot read {path}: {error.strerror}") from error
+        return digest.hexdigest()[:16]
+
+
+def expand(
+    stages: Mapping[str, str], out: Path, seeds: Sequence[int], variables: Mapping[str, str | int | float]
+) -> list[Run]:
+    """Every stage, for every seed if it hangs on the seed. Raises :class:`UserError` for names that mean
+    nothing, and for stages that need each other."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds is {list(seeds)}; give one or more, each once")
+    names = {stage: _names(stage, line) for stage, line in stages.items()}
+    last = {stage for stage in stages if "out" in names[stage]}
+    needs = {s: [n for n in stages if n in names[s] or (s in last and n not in last)] for s in stages}
+    seeded: set[str] = set()
+    for stage in _ordered(needs):
+        built_on = names[stage] if stage in last else needs[stage]
+        if "seed" in names[stage] or seeded.intersection(built_on):
+            seeded.add(stage)
+
+    def name(stage: str, seed: int) -> str:
+        return f"seed-{seed}/{stage}" if stage in seeded else stage
+
+    runs = []
+    for stage in stages:
+        for seed in seeds if stage in seeded else seeds[:1]:
+            known = {other: str(out / name(other, seed)) for other in stages}
+            known |= {"here": known[stage], "out": str(out), "seed": str(seed)} | {
+                k: str(v) for k, v in variables.items()
+            }
+            try:
+                args = tuple(string.Template(word).substitute(known) for word in shlex.split(stages[stage]))
+            except KeyError as error:
+                raise UserError(
+                    f"stage {stage}: ${error.args[0]} is no stage, none of variables ({', '.join(variables)}), nor here, out, seed"
+                ) from error
+            below = [name(need, s) for need in needs[stage] for s in (seeds if stage in last else [seed])]
+            runs.append(Run(name(stage, seed), stage, args, tuple(dict.fromkeys(below))))
+    return runs
+
+
+def _names(stage: str, line: str) -> set[str]:
+    """What a command names. Raises :class:`UserError` if it cannot be run."""
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise UserError(f"stage {stage}: {error}: {line!r}") from error
+    if not words or words[0] not in PROGRAMS:
+        raise UserError(f"stage {stage} must begin with {' or '.join(PROGRAMS)}: {line!r}")
+    template = string.Template(line)
+    if not template.is_valid():
+        raise UserError(f"stage {stage}: a $ must stand before a name, or be written $$: {line!r}")
+    return set(template.get_identifiers())
+
+
+def _ordered(needs: Mapping[str, Sequence[str]]) -> list[str]:
+    try:
+        return list(TopologicalSorter(needs).static_order())
+    except CycleError as error:
+        raise UserError(f"stages need each other: {' <- '.join(error.args[1])}") from error
+
+
+def _wanted(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
+    """The runs of the stages ``only`` and what they build on; all if it is empty."""
+    needs = {run.name: run.needs for run in runs}
+    waiting = [run.name for run in runs if not only or run.stage in only]
+    wanted: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in wanted:
+            wanted.add(name)
+            waiting += needs[name]
+    return [run for run in runs if run.name in wanted]
+
+
+class Sweeper:
+    """Runs what is ready, ``lanes`` commands at a time. What was run, whether it is done and its seconds, interrupted runs
+    included, are kept in ``stages.json``."""
+
+    def __init__(self, out: Path, runs: list[Run], lanes: int, threads: int) -> None:
+        self.out, self.runs, self.lanes, self.threads = out, runs, lanes, threads
+        self.record = out / "stages.json"
+        known = json.loads(self.record.read_text(encoding="utf-8")) if self.record.exists() else {}
+        self.seconds: dict[str, float] = known.get("seconds", {})
+        self.total: float = known.get("total", 0.0)
+        self.done: dict[str, str] = known.get("done", {})
+        self.failed: list[str] = []
+        self.running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+        for run in runs:
+            if self.done.get(run.name, run.digest) != run.digest:
+                raise UserError(f"{run.name} of {out} was run with other settings; give another --out, or delete it")
+
+    def run(self) -> None:
+        """Run all that is not done. Raises :class:`UserError` if another sweep works in the folder."""
+        make_folder(self.out)
+        lock = FileLock(self.out / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise UserError(f"another sweep works in {self.out}; wait for it, or give another --out") from error
+        live = Live(
+            self.picture(), refresh_per_second=1, get_renderable=self.picture, transient=not sys.stdout.isatty()
+        )
+        with lock, _terminable(), live:
+            self.began = time.monotonic()
+            try:
+                while self.start() or self.running:
+                    time.sleep(POLL)
+                    self.collect()
+            finally:
+                for process, _ in self.running.values():
+                    process.terminate()
+                for process, _ in self.running.values():
+                    process.wait()
+                self.note(list(self.running))
+        for name in self.failed:
+            print(f"{name} failed; its output is in {self.out / 'logs'}", file=sys.stderr)
+
+    def start(self) -> int:
+        """Begin what is ready as far as there are lanes; returns how many began."""
+        over = {*self.done, *self.running, *self.failed}
+        ready = [run for run in self.runs if run.name not in over and all(need in self.done for need in run.needs)]
+        ready = ready[: self.lanes - len(self.running)]
+        for run in ready:
+            log = self.log(run)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            env = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "COLUMNS": "110"}
+            command = [*PROGRAMS[run.args[0]], *run.args[1:]]
+            with log.open("wb") as file:
+                # A session of its own: Ctrl-C reaches the sweep alone, which then ends its commands once.
+                process = subprocess.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
+            self.running[run.name] = process, time.monotonic()
+        return len(ready)
+
+    def collect(self) -> None:
+        """Take note of what has ended."""
+        ended = {name: process for name, (process, _) in self.running.items() if process.poll() is not None}
+        for run in self.runs:
+            if run.name not in ended:
+                continue
+            if code := ended[run.name].returncode:
+                self.failed.append(run.name)
+                tail = self.log(run).read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+                print(f"{run.name} failed with exit status {code}:", *tail, sep="\n  ", file=sys.stderr, flush=True)
+            else:
+                self.done[run.name] = run.digest
+        self.note(list(ended))
+        for name in ended:
+            del self.running[name]
+            if name in self.done and not sys.stdout.isatty():  # where no picture is drawn
+                print(f"{name}: done in {self.seconds[name]:.0f} s", flush=True)
+
+    def note(self, names: Sequence[str]) -> None:
+        """Write down the seconds of runs that have ended or are interrupted, and those of all."""
+        if not names:
+            return
+        now = time.monotonic()
+        self.seconds |= {name: round(self.spent(name), 1) for name in names}
+        self.total, self.began = round(self.total + now - self.began, 1), now
+        known = {"done": self.done, "seconds": self.seconds, "total": self.total}
+        temporary = self.record.with_suffix(".tmp")
+        temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(self.record)
+
+    def spent(self, name: str) -> float:
+        now = time.monotonic()
+        began = self.running[name][1] if name in self.running else now
+        return self.seconds.get(name, 0.0) + now - began
+
+    def log(self, run: Run) -> Path:
+        return self.out / "logs" / f"{run.name.replace('/', '-')}.log"
+
+    def picture(self) -> Table:
+        counts = f"{len(self.done)} of {len(self.runs)} done" + (f", {len(self.failed)} failed" if self.failed else "")
+        table = Table("running", "seconds", "", title=f"rftt sweep: {counts}", width=110)
+        for run in self.runs:
+            if run.name in self.running:
+                table.add_row(run.name, f"{self.spent(run.name):.0f}", last_line(self.log(run)))
+        return table
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM interrupts as Ctrl-C does."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def last_line(log: Path) -> str:
+    """The newest line of a log, progress bars included."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")
+    return next((line.strip()[:80] for line in reversed(lines) if line.strip()), "")
+
+
+def main(args: list[str]) -> int | None:
+    return run_command(sweep, args, "rftt sweep")
