@@ -63,7 +63,8 @@ class RLTrainer:
             vocabulary model.seed. A step depends on these and on its number alone.
         accelerator, devices, num_nodes, strategy: of Fabric. Weights are whole on each device.
         precision: 32-true, or bf16-mixed for weights in float32 and forward passes (rollouts too) in bfloat16.
-        callbacks: objects whose ``on_step_end(trainer, module, metrics)`` is called after each step.
+        callbacks: objects whose ``on_step_end(trainer, module, metrics, trees)`` is called after each step, by keyword, on every
+            rank: ``trees`` are those that the rank grew. ``on_train_start(trainer, pl_module)`` is called before the first one.
 
     Raises :class:`UserError` for values out of range.
     """
@@ -190,13 +191,13 @@ class RLTrainer:
             task = bar.add_task("rl", total=self.max_steps, completed=first, rates="")
             for step in range(first, self.max_steps):
                 backend.version = step
-                metrics = self._step(step, module, model, optimizer, backend, data)
+                metrics, trees = self._step(step, module, model, optimizer, backend, data)
                 if self.greedy and ((step + 1) % self.validate_every == 0 or step + 1 == self.max_steps):
                     values, answers = self._validate(backend, data)
                     metrics |= values
                     self._show("validation", answers[:4], step)
                 self._log(step, metrics)
-                self.fabric.call("on_step_end", trainer=self, module=model, metrics=metrics)
+                self.fabric.call("on_step_end", trainer=self, module=model, metrics=metrics, trees=trees)
                 bar.update(task, advance=1, rates=_rates(metrics))
                 stop = bool(self.fabric.all_reduce(torch.tensor(float(self.stop_asked)), reduce_op="sum"))
                 if stop or (step + 1) % self.checkpoint_every == 0 or step + 1 == self.max_steps:
@@ -261,7 +262,8 @@ class RLTrainer:
         optimizer: Any,
         backend: HFBackend,
         data: ProblemDataModule,
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float], list[Tree]]:
+        """Metrics of a step, and the trees that this rank grew."""
         torch.manual_seed(seed_of(self.seed, step, "step"))
         times = [time.monotonic()]
         progress = driver.Progress()
@@ -283,7 +285,7 @@ class RLTrainer:
         if step % self.validate_every == 0:
             self._text("tree", trees[0].render(), step)
             self._show("tree", trees[0].rollouts()[:3], step)
-        return learned | self._measure(rollouts, len(kept), batch, progress, times)
+        return learned | self._measure(rollouts, len(kept), batch, progress, times), trees
 
     def _drops(self, rollout: Rollout) -> bool:
         """Is it left out of what is learned?"""
