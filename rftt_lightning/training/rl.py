@@ -186,6 +186,7 @@ class RLModule(lightning.LightningModule):
         dtype: of the weights; training in "bfloat16" loses small updates, prefer trainer.precision bf16-mixed. What LoRA and
             functional_rows train is in float32 whatever the frozen rest is in.
         attention: Transformers' attention implementation.
+        gradient_checkpointing: recompute activations in the backward pass, to save memory.
         seed: of the noise in added rows, and of LoRA's beginning.
 
     Raises :class:`UserError` for values out of these ranges.
@@ -221,6 +222,7 @@ class RLModule(lightning.LightningModule):
         reference_reset: int | None = None,
         dtype: str = "float32",
         attention: str = "sdpa",
+        gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -257,6 +259,8 @@ class RLModule(lightning.LightningModule):
         self.register_buffer("allowed_SV", self.vocabulary.allowed_SV, persistent=False)
         rows = [*self.vocabulary.opens, *self.vocabulary.closes]
         self._adapted = [adapt(self.model, rows, trainable, lora, seed)]  # in a list: not a module beside the model
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.reset_reference()
 
     # -- weights ---------------------------------------------------------------------------------------------------------
@@ -315,7 +319,9 @@ class RLModule(lightning.LightningModule):
         scorer = _Scorer(self.model, self.allowed_SV, self.hparams.temperature)
         if weights is None:
             return scorer(batch)
-        return functional_call(scorer, {f"model.{name}": weight for name, weight in weights.items()}, (batch,))
+        lent = {f"model.{name}": weight for name, weight in weights.items()}
+        # peft's rows of tied embeddings are one entry of one dictionary: swapped by both names, it would not be put back
+        return functional_call(scorer, lent, (batch,), tie_weights=self.hparams.trainable == "all")
 
     @torch.no_grad()
     def prepare(self, batch: RLBatch, rows: int, reduce: objectives.Reduce = lambda x: x) -> RLBatch:
