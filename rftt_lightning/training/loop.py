@@ -59,8 +59,11 @@ class RLTrainer:
         filter_dead: learn nothing from problems whose rollouts are all right or all not (arXiv 2503.14476, sec. 3.2). Sums are
             then over what is left, and so are the means that they are divided by. ``dead_groups`` counts such problems either way.
         refill: with filter_dead, roll out as many further problems as were left out, up to so many times a step.
-        save_rollouts: write each step's trees to the store ``out/rollouts``. A run that was killed reads those of the step that it
-            was in, instead of growing them anew; they are the same.
+        save_rollouts: write each step's trees to the store ``out/rollouts``. A run that was killed reads there what the same policy
+            grew in a step that it repeats, instead of growing it anew.
+        reuse: what it reads: ``steps`` of which all trees were finished, and the run is bitwise the straight one; or finished
+            ``trees``, also of a step that was broken off. The others then grow in other company, whose rounding is another: their
+            log-probabilities differ in the last digits (on the CPU some 1e-6), and a token may.
         validate_every, checkpoint_every: steps; keep: checkpoints kept, besides the one that validated best, of equals the
             earlier.
         export: whose weights ``hf/`` gets, those of the ``last`` step or of the ``best`` checkpoint.
@@ -92,6 +95,7 @@ class RLTrainer:
         filter_dead: bool = False,
         refill: int = 0,
         save_rollouts: bool = True,
+        reuse: str = "steps",
         validate_every: int = 10,
         checkpoint_every: int = 10,
         keep: int = 2,
@@ -128,6 +132,8 @@ class RLTrainer:
                 raise UserError(f"trainer.{name} is {locals()[name]}; it must be above 0")
         if refill < 0 or (refill and not filter_dead):
             raise UserError(f"trainer.refill is {refill}; it must be 0, or more with trainer.filter_dead true")
+        if reuse not in ("steps", "trees"):
+            raise UserError(f"trainer.reuse is {reuse}; use steps or trees")
         if export not in ("last", "best") or (export == "best" and greedy is None):
             raise UserError(f"trainer.export is {export}; use last, or best with trainer.greedy, which validates")
         if precision not in PRECISIONS:
@@ -140,7 +146,8 @@ class RLTrainer:
         self.checkpoint_every, self.folder = checkpoint_every, checkpoints.RunFolder(self.out, keep)
         self.concurrency, self.parallel, self.decode_batch, self.seed = concurrency, parallel, decode_batch, seed
         self.cache_gb, self.gap_alarm = cache_gb, gap_alarm
-        self.filter_dead, self.refill, self.save_rollouts, self.export = filter_dead, refill, save_rollouts, export
+        self.filter_dead, self.refill, self.export = filter_dead, refill, export
+        self.save_rollouts, self.reuse = save_rollouts, reuse
         self.precision, self.callbacks = precision, callbacks or []
         self.fabric = Fabric(
             accelerator=accelerator,
@@ -326,8 +333,9 @@ class RLTrainer:
         problems, begun, trees = data.batch(step), 0, list[Tree]()
         for turn in range(1 + self.refill):
             mine = problems[rank::ranks]
+            fresh = [problem for problem in mine if problem.id not in stored]
             grown = self._grow(
-                [problem for problem in mine if problem.id not in stored],
+                mine if fresh and self.reuse == "steps" else fresh,
                 self.expander,
                 self.reward,
                 backend,

@@ -22,6 +22,7 @@ from training.test_rl import fit, gradients, learned, said, same  # noqa: F401  
 HALF = {"class_path": "scripted.LateReward", "init_args": {"wrong": 0.5}}
 ONE = ["--trainer.max_steps=1", "--trainer.mini_batches=1", "--trainer.gradient_clip=1e9"]
 FILTER = "--trainer.filter_dead=true"
+PAIRS = ["--data.batch_size=8", "--data.seed=1", "--trainer.expander.init_args.rollouts=2"]  # of which half are dead
 
 
 def reward(**settings: float) -> str:
@@ -44,7 +45,7 @@ def outcomes(out: Path, step: int = 0) -> list[set[bool]]:
 @pytest.mark.parametrize("advantage", ["reinforce++", "grpo"])
 def test_dead_groups_are_counted_and_filtered_as_if_they_were_not_there(gradients, monkeypatch, tmp_path, advantage):  # noqa: F811
     """Loss and advantages are means over the tokens of what is left."""
-    options = [reward(wrong=0.5), *ONE, f"--model.advantage={advantage}", "--data.batch_size=8"]
+    options = [reward(wrong=0.5), *ONE, *PAIRS, f"--model.advantage={advantage}"]
     everything, line = gradients(*options)
     found = outcomes(tmp_path / "run-0")
     dead = {True: found.count({True}), False: found.count({False})}
@@ -72,9 +73,9 @@ def test_what_timed_out_makes_no_group_alive(gradients):  # noqa: F811
 
 
 def test_as_many_further_problems_are_rolled_out_as_were_left_out(tmp_path):
-    options = [reward(wrong=0.5), *ONE, FILTER, "--data.batch_size=8"]
+    options = [reward(wrong=0.5), *ONE, FILTER, *PAIRS]
     assert fit(tmp_path, *options, "--trainer.refill=9") == 0
-    data = ProblemDataModule(Countdown("train", count=40), Countdown("validation", count=8), batch_size=8)
+    data = ProblemDataModule(Countdown("train", count=40), Countdown("validation", count=8), batch_size=8, seed=1)
     trees = list(read_trees(tmp_path / "rollouts"))
     alive = [len({score.verdict.right for _, score in tree.leaves}) == 2 for tree in trees]
     expected, taken = [problem.id for problem in data.batch(0)], 0
@@ -105,6 +106,7 @@ def test_further_problems_are_others_and_hang_on_seed_and_step_alone():
     [
         (["--trainer.refill=1"], "trainer.refill is 1; it must be 0, or more with trainer.filter_dead true"),
         ([FILTER, "--trainer.refill=-1"], "trainer.refill is -1"),
+        (["--trainer.reuse=none"], "trainer.reuse is none; use steps or trees"),
         (["--trainer.export=first"], "trainer.export is first; use last, or best"),
         (["--trainer.export=best", "--trainer.greedy=null"], "trainer.export is best; use last, or best with trainer.greedy"),
         (["--model.trainable=some"], "model.trainable is 'some'"),
@@ -161,15 +163,34 @@ def assert_equal(one: Path, other: Path) -> None:
     assert all(path.read_bytes() == (other / "rollouts" / path.name).read_bytes() for path in shards)
 
 
-def test_finished_trees_of_a_repeated_step_are_read_and_the_others_grown(run, finished, grown):
-    back_to(run, 2)
-    packed = run / "rollouts" / "trees-000003-000.jsonl.gz"
+def broken_off(out: Path) -> list[str]:
+    """As if killed while step 3 grew: two trees are there, and half a third. Returns the problems of all four, those two first."""
+    back_to(out, 2)
+    packed = out / "rollouts" / "trees-000003-000.jsonl.gz"
     lines = gzip.decompress(packed.read_bytes()).splitlines(keepends=True)
-    packed.unlink()  # killed while step 3 grew: two trees are there, and half a third
-    (run / "rollouts" / "trees-000003-000.jsonl").write_bytes(lines[2] + lines[0] + lines[1][:50])
+    packed.unlink()
+    (out / "rollouts" / "trees-000003-000.jsonl").write_bytes(lines[2] + lines[0] + lines[1][:50])
+    return [json.loads(lines[i])["problem"]["id"] for i in (0, 2, 1, 3)]
+
+
+def test_the_trees_of_finished_steps_are_read_and_a_run_is_the_straight_one(run, finished, grown):
+    problems = broken_off(run)
     assert fit(run, reward(wrong=0.5), "--trainer.keep=9") == 0
-    assert grown == [json.loads(line)["problem"]["id"] for line in (lines[1], lines[3])]
+    assert sorted(grown) == sorted(problems)  # none of step 2, all of step 3
     assert_equal(run, finished)
+
+
+def test_also_the_trees_of_a_step_that_was_broken_off_are_read_if_so_said(run, finished, grown):
+    """The others are the same but for rounding."""
+    problems = broken_off(run)
+    assert fit(run, reward(wrong=0.5), "--trainer.keep=9", "--trainer.reuse=trees") == 0
+    assert grown == problems[2:]
+    for line, straight in zip(metrics(run), metrics(finished), strict=True):
+        assert line == pytest.approx(straight, rel=1e-4, abs=1e-6)
+    one, other = (list(read_trees(out / "rollouts")) for out in (run, finished))
+    assert [[s and s.tokens for s in tree.segments] for tree in one] == [
+        [s and s.tokens for s in tree.segments] for tree in other
+    ]
 
 
 def test_trees_of_another_policy_are_grown_anew(run, finished, grown):
