@@ -254,10 +254,15 @@ class Seen:
 
 def test_a_callback_gets_metrics_and_trees_of_each_step(tmp_path, monkeypatch):
     seen, call = Seen(), loop.Fabric.call
-    monkeypatch.setattr(loop.Fabric, "call", lambda fabric, hook, **kw: getattr(seen, hook, lambda **_: None)(**kw))
+
+    def told(fabric, hook, /, *args, **kwargs):
+        call(fabric, hook, *args, **kwargs)
+        getattr(seen, hook, lambda **_: None)(**kwargs)
+
+    monkeypatch.setattr(loop.Fabric, "call", told)
     assert fit(tmp_path, "--trainer.max_steps=2") == 0
     start, *steps = seen.calls
-    assert call and start == "start" and len(steps) == 2
+    assert start == "start" and len(steps) == 2
     assert all(problems == 4 and trees == [Tree] * 4 for problems, trees, _ in steps)
 
 
