@@ -223,10 +223,10 @@ class ScriptedReward(Reward):
 
 class LateReward(Reward):
     """Pays in [0, 1) by a hash of the path, at its end. The verdict of a ``share`` of the paths, and of all to ``problems`` (ids), has
-    timed out, of others it is right; neither pay nor search hangs on that."""
+    timed out, that of a share ``wrong`` of the others is wrong; neither pay nor search hangs on that."""
 
-    def __init__(self, share: float = 0.0, problems: Sequence[str] = ()) -> None:
-        self.share, self.problems = share, list(problems)
+    def __init__(self, share: float = 0.0, problems: Sequence[str] = (), wrong: float = 0.0) -> None:
+        self.share, self.problems, self.wrong = share, list(problems), wrong
 
     def score(self, source: ProblemSource, rollouts: Sequence[Rollout]) -> list[Score]:
         return [self._score(rollout) for rollout in rollouts]
@@ -235,7 +235,8 @@ class LateReward(Reward):
         path = rollout.problem.id, *(segment.tokens for segment in rollout.segments)
         late = rollout.problem.id in self.problems or uniform("late", path) < self.share
         pay = (*(0.0 for _ in rollout.segments[1:]), uniform("pay", path))
-        return Score(Verdict(Status.TIMED_OUT if late else Status.RIGHT), 0.5, pay)
+        status = Status.WRONG if uniform("wrong", path) < self.wrong else Status.RIGHT
+        return Score(Verdict(Status.TIMED_OUT if late else status), 0.5, pay)
 
 
 def table_of(grammar: Mapping[str, Sequence[str]], prompted: Mapping[str, Sequence[str]] | None = None) -> TokenTable:

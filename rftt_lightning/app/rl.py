@@ -11,7 +11,7 @@ from rftt_lightning.training.rl import RLModule
 
 
 class RLCLI(FitCLI):
-    NAMED = ("last", "none")
+    NAMED = ("last", "best", "none")
     MARK = "settings"
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

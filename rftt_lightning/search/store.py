@@ -128,6 +128,93 @@ class Store:
             self._lock.release()
 
 
+class StepStore:
+    """A store of the trees that a run grows step by step, on several processes: to readers a store like any other.
+
+    Each step and process has a shard of its own, ``trees-000012-000``, so a step can be replaced alone and nobody waits for
+    another's lock; the caller has the run's. While a step's trees grow the shard is plain and holds those that are finished;
+    :meth:`close_step` writes it anew in the caller's order and compressed: the same trees, the same bytes. A record also has
+    ``step`` and ``policy``, the digest of the weights that wrote it: by it a run that was killed finds the trees of a step that it
+    repeats. Raises :class:`UserError` where the disk takes no more, or the folder holds something else.
+    """
+
+    def __init__(self, folder: str | Path, process: int = 0) -> None:
+        self.folder, self.process = Path(folder), process
+        self._file: IO[bytes] | None = None
+
+    def prepare(self, settings: Mapping[str, Any], steps: int, anew: bool = False) -> None:
+        """By one process, before the others begin: make the folder, or find that of a run with the same settings, whose trees of
+        steps below ``steps`` stay. Trees of other settings go, or all if ``anew``."""
+        asked = json.loads(json.dumps(dict(settings)))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / MANIFEST).exists() or manifest(self.folder, "trees")["settings"] != asked or anew:
+                _clear(self.folder, "trees")
+                _write_manifest(self.folder, "trees", asked)
+            for path in self.folder.glob("trees-*"):
+                if int(path.name.split("-")[1]) >= steps or path.suffix == ".tmp":
+                    path.unlink()
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+
+    def read_step(self, step: int, policy: str) -> dict[str, Tree]:
+        """Whole trees of a step that this policy grew on any process, by problem."""
+        found = (record for path in self._step_shards(step) for _, record in _records(path))
+        return {record["problem"]["id"]: Tree.from_json(record) for record in found if record.get("policy") == policy}
+
+    def open_step(self, step: int, policy: str) -> None:
+        """Take in trees of this step from now on. Of those that are there, this process's own stay that this policy grew. To be
+        called when all processes have read the step."""
+        self.step, self.policy = step, policy
+        try:
+            own = [path for path in self._step_shards(step) if path.name.startswith(self._path.stem)]
+            pairs = [pair for path in own for pair in _records(path)]
+            if own:
+                temporary = self._path.with_suffix(".tmp")
+                _durable(temporary, [line for line, record in pairs if record.get("policy") == policy])
+                temporary.replace(self._path)
+                _sealed(self._path).unlink(missing_ok=True)
+            self._file = self._path.open("ab")
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+
+    def add(self, tree: Tree) -> None:
+        """Append a finished tree."""
+        try:
+            self._file.write(self._record(tree))  # type: ignore[union-attr]
+            self._file.flush()  # type: ignore[union-attr]
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+
+    def close_step(self, trees: Sequence[Tree]) -> None:
+        """The step has these trees of this process, and no others."""
+        try:
+            self._file.close()  # type: ignore[union-attr]
+            temporary = self._path.with_suffix(".tmp")
+            _durable(temporary, map(self._record, trees))
+            temporary.replace(self._path)
+            _seal(self._path)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+
+    def tidy_step(self, processes: int) -> None:
+        """By one process, when all have closed the step: what processes left that are no more goes."""
+        for path in self._step_shards(self.step):
+            if int(path.name.partition(".")[0].split("-")[2]) >= processes:
+                path.unlink()
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"trees-{self.step:06d}-{self.process:03d}.jsonl"
+
+    def _step_shards(self, step: int) -> list[Path]:
+        return [path for path in shards(self.folder, "trees") if path.name.startswith(f"trees-{step:06d}-")]
+
+    def _record(self, tree: Tree) -> bytes:
+        name = f"{self.step}/{tree.problem.id}"
+        return _line(name, {"step": self.step, "policy": self.policy, **tree.to_json()})
+
+
 def describe(thing: Any, depth: int = 5) -> Any:
     """Settings of an object as JSON types, the same in every process: what a manifest holds and resuming compares. Attributes
     that begin with an underscore are no settings, nor is anything below ``depth`` objects.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,49 +33,85 @@ def read(path: str | Path, mark: str, device: torch.device | str) -> dict[str, A
 
 
 class RunFolder:
-    """``checkpoints/step-*.pt``, of which the newest ``keep`` stay, and ``metrics.jsonl``, a line a step. Each file is whole or as
-    it was, but for the last line of the metrics."""
+    """``checkpoints/step-*.pt``, of which the newest ``keep`` stay; ``checkpoints/best-*.pt``, the weights that validated best;
+    ``metrics.jsonl``, a line a step, the same in every run with the same settings on the same machine; ``times.jsonl``, which is
+    not. Each file is whole or as it was, but for the last lines of the latter two."""
 
     def __init__(self, path: Path, keep: int) -> None:
         self.path, self.keep = path, keep
-        self.metrics = path / "metrics.jsonl"
+        self.metrics, self.times = path / "metrics.jsonl", path / "times.jsonl"
 
-    def checkpoints(self) -> list[Path]:
-        """The newest last."""
-        return sorted((self.path / "checkpoints").glob("step-*.pt"))
+    def checkpoints(self, kind: str = "step") -> list[Path]:
+        """The newest last; ``kind`` is "step" or "best"."""
+        return sorted((self.path / "checkpoints").glob(f"{kind}-*.pt"))
 
     def choose(self, ckpt_path: str | None) -> Path | None:
-        """The checkpoint that is asked for: None is the newest if there is one, "last" insists on it, "none" is none. Raises
-        :class:`UserError` if there is no last one."""
+        """The checkpoint that is asked for: None is the newest if there is one, "last" insists on it, "best" is that of the best
+        validation, "none" is none. Raises :class:`UserError` if there is no such one."""
         if ckpt_path == "none":
             return None
-        if ckpt_path not in (None, "last"):
+        if ckpt_path not in (None, "last", "best"):
             return Path(ckpt_path)
-        if ckpt_path == "last" and not self.checkpoints():
-            raise UserError(f"there is no checkpoint in {self.path}; leave ckpt_path out to begin there")
-        return next(reversed(self.checkpoints()), None)
+        found = self.checkpoints("best" if ckpt_path == "best" else "step")
+        if ckpt_path and not found:
+            raise UserError(f"there is no {ckpt_path} checkpoint in {self.path}; leave ckpt_path out to begin there")
+        return next(reversed(found), None)
 
     def save(self, steps: int, state: Mapping[str, Any]) -> None:
         """Write the checkpoint after ``steps`` steps, and forget the oldest."""
-        folder = self.path / "checkpoints"
-        folder.mkdir(exist_ok=True)
-        torch.save({"steps": steps, **state}, folder / "writing.tmp")
-        (folder / "writing.tmp").replace(folder / f"step-{steps:06d}.pt")
+        self._write(f"step-{steps:06d}.pt", {"steps": steps, **state})
         for old in self.checkpoints()[: -self.keep]:
             old.unlink()
+        oldest = steps_of(self.checkpoints()[0])
+        known = [path for path in self.checkpoints("best") if steps_of(path) <= oldest]
+        for beaten in known[:-1]:  # the last one is what a run that goes on at the oldest checkpoint has to beat
+            beaten.unlink()
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+    def best(self) -> float:
+        """The best validation accuracy so far, -1 before the first."""
+        found = self.choose("best") if self.checkpoints("best") else None
+        return float(read(found, "accuracy", "meta")["accuracy"]) if found else -1.0
+
+    def save_best(self, steps: int, accuracy: float, state: Mapping[str, Any]) -> None:
+        """Write the weights after ``steps`` steps, which validated better than all before."""
+        self._write(f"best-{steps:06d}.pt", {"steps": steps, "accuracy": accuracy, **state})
+
+    def _write(self, name: str, state: Mapping[str, Any]) -> None:
+        folder = self.path / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        temporary = folder / "writing.tmp"
+        with temporary.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())  # the content reaches the disk before the name does
+        temporary.replace(folder / name)
+        entry = os.open(folder, os.O_RDONLY)
+        os.fsync(entry)
+        os.close(entry)
+
+    def log(self, step: int, metrics: Mapping[str, float], times: Mapping[str, float]) -> None:
+        for path, values in ((self.metrics, metrics), (self.times, times)):
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
 
     def rewind(self, steps: int) -> None:
         """Leave what the first ``steps`` steps wrote: later checkpoints and metrics are of a run that is replaced."""
-        for later in self.checkpoints():
-            if int(later.stem.removeprefix("step-")) > steps:
+        for later in (*self.checkpoints(), *self.checkpoints("best")):
+            if steps_of(later) > steps:
                 later.unlink()
-        if self.metrics.exists():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines()
-            kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] < steps]  # the last one may be torn
-            temporary = self.path / "metrics.tmp"
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            temporary.replace(self.metrics)
+        for path in (self.metrics, self.times):
+            if path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines()
+                kept = [
+                    x for x in lines if x.endswith("}") and json.loads(x)["step"] < steps
+                ]  # the last one may be torn
+                temporary = path.with_suffix(".tmp")
+                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                temporary.replace(path)
+
+
+def steps_of(checkpoint: Path) -> int:
+    """How many steps were done when it was written."""
+    return int(checkpoint.stem.partition("-")[2])

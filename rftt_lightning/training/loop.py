@@ -1,4 +1,4 @@
-"""The Fabric loop of RL: roll out -> score -> batch -> learn -> bump the policy version -> log, validate, save."""
+"""The Fabric loop of RL: roll out -> score -> store -> batch -> learn -> bump the policy version -> log, validate, save."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import signal
 import time
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,15 +19,14 @@ from lightning.fabric.loggers import TensorBoardLogger
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from rftt_lightning.core.contracts import Problem, ProblemSource, Provenance, Reward, Rollout, Status, UserError
+from rftt_lightning.core.contracts import Problem, ProblemSource, Reward, Rollout, Status, UserError
 from rftt_lightning.core.tree import Tree
-from rftt_lightning.policy import objectives
 from rftt_lightning.policy.hf import HFBackend, fingerprint
 from rftt_lightning.policy.rewards import Confidence
 from rftt_lightning.search import driver
 from rftt_lightning.search.expand import TokenExpander, seed_of
-from rftt_lightning.search.store import LOCK, describe, differences
-from rftt_lightning.training import checkpoints
+from rftt_lightning.search.store import LOCK, StepStore, describe, differences
+from rftt_lightning.training import checkpoints, measure
 from rftt_lightning.training.metrics import AnswerAccuracy
 from rftt_lightning.training.problems import ProblemDataModule
 from rftt_lightning.training.rl import MEASURED, RLBatch, RLModule, Work, collate
@@ -45,7 +44,8 @@ class RLTrainer:
         expander: how rollouts are made; its sampling temperature must be the model's.
         reward: what they are worth.
         greedy: how validation answers are made; null leaves validation out.
-        out: folder of the run: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/, hf/.
+        out: folder of the run: config.yaml, metrics.jsonl (bitwise the same when the run is repeated or resumed on one machine),
+            times.jsonl, TensorBoard events, checkpoints/, rollouts/, hf/.
         max_steps: steps; each rolls out one batch of problems and learns from it.
         mini_batches: optimizer updates a step, fewer where a device has fewer rollouts; epochs: passes over the rollouts.
         micro_batch: rollouts that go through the model at once when learning.
@@ -56,14 +56,25 @@ class RLTrainer:
             load alone can be the cause, so any pay would be noise (OutcomeReward's ``none`` is less than for a wrong answer).
             They are logged as ``dropped``; ``accuracy`` counts them as not right. False learns from what the reward pays: for a
             policy that comes to write what cannot be judged, which dropping does not teach it to leave.
-        validate_every, checkpoint_every: steps; keep: checkpoints kept.
+        filter_dead: learn nothing from problems whose rollouts are all right or all not (arXiv 2503.14476, sec. 3.2). Sums are
+            then over what is left, and so are the means that they are divided by. ``dead_groups`` counts such problems either way.
+        refill: with filter_dead, roll out as many further problems as were left out, up to so many times a step.
+        save_rollouts: write each step's trees to the store ``out/rollouts``. A run that was killed reads there what the same policy
+            grew in a step that it repeats, instead of growing it anew.
+        reuse: what it reads: ``steps`` of which all trees were finished, and the run is bitwise the straight one; or finished
+            ``trees``, also of a step that was broken off. The others then grow in other company, whose rounding is another: their
+            log-probabilities differ in the last digits (on the CPU some 1e-6), and a token may.
+        validate_every, checkpoint_every: steps; keep: checkpoints kept, besides the one that validated best, of equals the
+            earlier.
+        export: whose weights ``hf/`` gets, those of the ``last`` step or of the ``best`` checkpoint.
         concurrency, parallel, decode_batch: trees that grow together, rollouts under way in one, rows decoded together.
         cache_gb: GiB for the keys and values of prefixes while trees grow; given back before learning.
         seed: of sampling and of the shuffling into mini-batches; the problems' order has data.seed, added rows of the
             vocabulary model.seed. A step depends on these and on its number alone.
         accelerator, devices, num_nodes, strategy: of Fabric. Weights are whole on each device.
         precision: 32-true, or bf16-mixed for weights in float32 and forward passes (rollouts too) in bfloat16.
-        callbacks: objects whose ``on_step_end(trainer, module, metrics)`` is called after each step.
+        callbacks: objects whose ``on_step_end(trainer, module, metrics, trees)`` is called after each step, by keyword, on every
+            rank: ``trees`` are those that the rank grew. ``on_train_start(trainer, pl_module)`` is called before the first one.
 
     Raises :class:`UserError` for values out of range.
     """
@@ -81,9 +92,14 @@ class RLTrainer:
         gradient_clip: float = 1.0,
         gap_alarm: float = 0.05,
         drop_timed_out: bool = True,
+        filter_dead: bool = False,
+        refill: int = 0,
+        save_rollouts: bool = True,
+        reuse: str = "steps",
         validate_every: int = 10,
         checkpoint_every: int = 10,
         keep: int = 2,
+        export: str = "last",
         concurrency: int = 256,
         parallel: int = 1,
         decode_batch: int = 256,
@@ -114,6 +130,12 @@ class RLTrainer:
         for name in ("gradient_clip", "gap_alarm"):
             if not locals()[name] > 0:
                 raise UserError(f"trainer.{name} is {locals()[name]}; it must be above 0")
+        if refill < 0 or (refill and not filter_dead):
+            raise UserError(f"trainer.refill is {refill}; it must be 0, or more with trainer.filter_dead true")
+        if reuse not in ("steps", "trees"):
+            raise UserError(f"trainer.reuse is {reuse}; use steps or trees")
+        if export not in ("last", "best") or (export == "best" and greedy is None):
+            raise UserError(f"trainer.export is {export}; use last, or best with trainer.greedy, which validates")
         if precision not in PRECISIONS:
             raise UserError(f"trainer.precision is {precision}; use {' or '.join(PRECISIONS)}")
         if not out:
@@ -124,6 +146,8 @@ class RLTrainer:
         self.checkpoint_every, self.folder = checkpoint_every, checkpoints.RunFolder(self.out, keep)
         self.concurrency, self.parallel, self.decode_batch, self.seed = concurrency, parallel, decode_batch, seed
         self.cache_gb, self.gap_alarm = cache_gb, gap_alarm
+        self.filter_dead, self.refill, self.export = filter_dead, refill, export
+        self.save_rollouts, self.reuse = save_rollouts, reuse
         self.precision, self.callbacks = precision, callbacks or []
         self.fabric = Fabric(
             accelerator=accelerator,
@@ -159,7 +183,7 @@ class RLTrainer:
 
         Args:
             ckpt_path: a checkpoint to begin from; null is the newest one in ``out`` if there is one, "last" insists on it, "none"
-                begins anew. What a run in ``out`` wrote after that point is replaced.
+                begins anew, without a look at rollouts either. What a run in ``out`` wrote after that point is replaced.
         """
         self._check(model, datamodule)
         self.fabric.launch()
@@ -167,10 +191,10 @@ class RLTrainer:
             raise UserError(f"data.batch_size is below the {self.fabric.world_size} devices; each needs a problem")
         with self._locked():
             module, optimizer = self.fabric.setup(model, model.configure_optimizers())
-            for reference in model._reference:
-                reference.to(self.fabric.device)
+            model.reset_reference()  # on the device
             settings = self._settings(model, datamodule)
             first = self._resume(model, optimizer, settings, ckpt_path)
+            self.store = self._open_store(settings, anew=ckpt_path == "none")
             self.logger = TensorBoardLogger(str(self.out), name="", version="", purge_step=first)
             self.fabric.call("on_train_start", trainer=self, pl_module=model)
             self._loop(first, module, model, optimizer, datamodule, settings)
@@ -186,18 +210,22 @@ class RLTrainer:
         settings: dict[str, Any],
     ) -> None:
         backend = HFBackend.live(model.model, model.tokenizer, model.table, self.decode_batch, self.cache_gb)
+        best = self.folder.best()
         with _signals(self), self._progress() as bar:
             task = bar.add_task("rl", total=self.max_steps, completed=first, rates="")
             for step in range(first, self.max_steps):
                 backend.version = step
-                metrics = self._step(step, module, model, optimizer, backend, data)
+                metrics, times, trees = self._step(step, module, model, optimizer, backend, data)
                 if self.greedy and ((step + 1) % self.validate_every == 0 or step + 1 == self.max_steps):
                     values, answers = self._validate(backend, data)
                     metrics |= values
                     self._show("validation", answers[:4], step)
-                self._log(step, metrics)
-                self.fabric.call("on_step_end", trainer=self, module=model, metrics=metrics)
+                self._log(step, metrics, times)
+                self.fabric.call("on_step_end", trainer=self, module=model, metrics=metrics, trees=trees)
                 bar.update(task, advance=1, rates=_rates(metrics))
+                if (accuracy := metrics.get("validation/accuracy", -1.0)) > best:
+                    best = accuracy
+                    self._save_best(step + 1, best, model, settings)
                 stop = bool(self.fabric.all_reduce(torch.tensor(float(self.stop_asked)), reduce_op="sum"))
                 if stop or (step + 1) % self.checkpoint_every == 0 or step + 1 == self.max_steps:
                     self._save(step + 1, model, optimizer, settings)
@@ -208,14 +236,15 @@ class RLTrainer:
         """Answer the validation problems greedily and print the accuracy; writes nothing.
 
         Args:
-            ckpt_path: a checkpoint whose weights to take, "last" for the newest one in ``out``; null takes those of model.model.
+            ckpt_path: a checkpoint whose weights to take, "last" for the newest one in ``out``, "best" for that of the best
+                validation; null takes those of model.model.
         """
         if self.greedy is None:
             raise UserError("trainer.greedy is null: say how validation answers are made")
         self.fabric.launch()
         self.fabric.setup(model)
         if ckpt_path and (path := self.folder.choose(ckpt_path)):
-            self._load(path, model, checkpoints.read(path, "settings", self.fabric.device))
+            model.load_weights(checkpoints.read(path, "settings", self.fabric.device)["model"])
         backend = HFBackend.live(model.model, model.tokenizer, model.table, self.decode_batch, self.cache_gb)
         metrics, _ = self._validate(backend, datamodule)
         self.fabric.print(json.dumps({name: round(value, 4) for name, value in metrics.items()}))
@@ -261,34 +290,83 @@ class RLTrainer:
         optimizer: Any,
         backend: HFBackend,
         data: ProblemDataModule,
-    ) -> dict[str, float]:
-        torch.manual_seed(seed_of(self.seed, step, "step"))
-        times = [time.monotonic()]
+    ) -> tuple[dict[str, float], dict[str, float], list[Tree]]:
+        """Metrics of a step, its times, and the trees that this rank grew."""
+        clock = [time.monotonic()]
+        if step and model.hparams.reference_reset and step % model.hparams.reference_reset == 0:
+            model.reset_reference()
         progress = driver.Progress()
-        problems = data.batch(step)[self.fabric.global_rank :: self.fabric.world_size]
-        trees = self._grow(
-            problems, self.expander, self.reward, backend, data.train, seed_of(self.seed, step), progress
-        )
+        trees = self._roll_out(step, model, backend, data, progress)
+        clock.append(time.monotonic())
+        torch.manual_seed(seed_of(self.seed, step, "step"))  # here: the step is the same if its trees were read
+        groups = [self._judged(tree) for tree in trees]
+        kept = [rollout for group in groups if self._learns_from(group) for rollout in group]
         rollouts = [rollout for tree in trees for rollout in tree.rollouts()]
-        times.append(time.monotonic())
-        kept = [rollout for rollout in rollouts if not self._drops(rollout)]
         # A rank that keeps none must take part in all that the others do, with a row of which nothing is learned.
         batch = collate(kept, model.vocabulary) if kept else collate(rollouts[:1], model.vocabulary).muted()
         batch = batch.to(self.fabric.device)
         with self.fabric.autocast():  # as in the update, or the ratio would not begin at one
             batch = model.prepare(batch, self.micro_batch, self._sum)
-        times.append(time.monotonic())
-        learned = self._learn(step, module, model, optimizer, batch)
-        times.append(time.monotonic())
+        clock.append(time.monotonic())
+        metrics = self._learn(step, module, model, optimizer, batch)
+        clock.append(time.monotonic())
         if step % self.validate_every == 0:
             self._text("tree", trees[0].render(), step)
             self._show("tree", trees[0].rollouts()[:3], step)
-        return learned | self._measure(rollouts, len(kept), batch, progress, times)
+        metrics |= self._measure(rollouts, groups, len(kept), batch)
+        return metrics, _times(clock, progress), trees
 
-    def _drops(self, rollout: Rollout) -> bool:
-        """Is it left out of what is learned?"""
-        late = rollout.score is not None and rollout.score.verdict.status is Status.TIMED_OUT
-        return self.drop_timed_out and late
+    def _judged(self, tree: Tree) -> list[Rollout]:
+        """The rollouts of a problem, without those whose verdicts timed out if they are dropped."""
+        late = Status.TIMED_OUT if self.drop_timed_out else None
+        return [rollout for rollout in tree.rollouts() if not rollout.score or rollout.score.verdict.status != late]
+
+    def _learns_from(self, group: Sequence[Rollout]) -> bool:
+        return measure.mixed(group) or not self.filter_dead
+
+    def _roll_out(
+        self, step: int, model: RLModule, backend: HFBackend, data: ProblemDataModule, progress: driver.Progress
+    ) -> list[Tree]:
+        """This rank's trees of a step: of the batch's problems, and of further ones where there is nothing to learn from some."""
+        rank, ranks = self.fabric.global_rank, self.fabric.world_size
+        stored = self._stored(step, model)
+        problems, begun, trees = data.batch(step), 0, list[Tree]()
+        for turn in range(1 + self.refill):
+            mine = problems[rank::ranks]
+            fresh = [problem for problem in mine if problem.id not in stored]
+            grown = self._grow(
+                mine if fresh and self.reuse == "steps" else fresh,
+                self.expander,
+                self.reward,
+                backend,
+                data.train,
+                seed_of(self.seed, step),
+                progress,
+                self.store,
+            )
+            found = stored | {tree.problem.id: tree for tree in grown}
+            trees += [found[problem.id] for problem in mine]
+            live = self._total(sum(self._learns_from(self._judged(tree)) for tree in trees))
+            if turn == self.refill or not (missing := data.batch_size - int(live)):
+                break
+            problems = data.further(step, begun, missing)
+            begun += missing
+        if self.store:
+            self.store.close_step(trees)
+            self.fabric.barrier()
+            if self.is_global_zero:
+                self.store.tidy_step(ranks)
+        return trees
+
+    def _stored(self, step: int, model: RLModule) -> dict[str, Tree]:
+        """Trees of this step that a run left which was killed, by problem; from now on the store takes in those that are grown."""
+        if not self.store:
+            return {}
+        policy = model.digest()
+        trees = self.store.read_step(step, policy)
+        self.fabric.barrier()
+        self.store.open_step(step, policy)
+        return trees
 
     def _grow(
         self,
@@ -299,7 +377,10 @@ class RLTrainer:
         source: ProblemSource,
         seed: int,
         progress: driver.Progress,
+        store: StepStore | None = None,
     ) -> list[Tree]:
+        """A tree for each problem; each goes to the store as soon as it is finished."""
+        trees: dict[int, Tree] = {}
         grown = driver.grow(
             problems,
             expander,
@@ -312,9 +393,12 @@ class RLTrainer:
             progress=progress,
         )
         with self.fabric.autocast():  # the trees grow here
-            trees = [tree for _, tree in sorted(grown, key=lambda pair: pair[0])]
+            for order, tree in grown:
+                trees[order] = tree
+                if store:
+                    store.add(tree)
         backend.release()
-        return trees
+        return [trees[order] for order in sorted(trees)]
 
     def _learn(self, step: int, module: Any, model: RLModule, optimizer: Any, batch: RLBatch) -> dict[str, float]:
         """Shuffled mini-batches, one optimizer update each, accumulated over micro-batches."""
@@ -356,67 +440,17 @@ class RLTrainer:
         return means | {"grad_norm": norms / max(updates, 1), "lr": rate}
 
     def _measure(
-        self,
-        rollouts: Sequence[Rollout],
-        kept: int,
-        batch: RLBatch,
-        progress: driver.Progress,
-        times: Sequence[float],
+        self, rollouts: Sequence[Rollout], groups: Sequence[Sequence[Rollout]], kept: int, batch: RLBatch
     ) -> dict[str, float]:
         """Metrics of a step: accuracy, length and use of tokens are those of all rollouts, reward, KL and the sampler's gap those
-        of the ``kept`` ones in ``batch``."""
-        # Rollouts of one tree share prefixes, so they are not independent: the true interval is wider than this one.
-        found = self._judged(rollouts)
-        n = found["n"]
-        learned = float(self._sum(torch.tensor(float(kept))))
-        tokens = self._sum(batch.mask_BT.sum()).clamp(min=1)
-        kl = self._sum(((batch.old_BT - batch.reference_BT) * batch.mask_BT).sum()) / tokens
-        sampled_BT = (batch.provenance_BT == int(Provenance.SAMPLED)) * batch.mask_BT
-        gap = float(objectives.sampler_gap(batch.old_BT, batch.behaviour_BT, sampled_BT, self._sum))
-        seconds = times[-1] - times[0]
-        metrics = {
-            "reward": float(self._sum(batch.rewards_BT.sum()) / max(learned, 1.0)),
-            "accuracy": found["accuracy"],
-            "accuracy_low": found["low"],
-            "accuracy_high": found["high"],
-            "rollouts": float(n),
-            "dropped": n - learned,
-            "kl": float(kl),
-            "length": float(self._sum(torch.tensor(float(sum(r.length for r in rollouts)))) / n),
-            "complete": float(self._sum(torch.tensor(float(sum(r.complete for r in rollouts)))) / n),
-            "sampler_gap": gap,
-            "sampler_gap_alarm": float(gap > self.gap_alarm),
-            "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
-            "seconds": seconds,
-            "share_rollout": (times[1] - times[0] - progress.score_seconds) / seconds,
-            "share_score": (times[2] - times[1] + progress.score_seconds) / seconds,
-            "share_update": (times[3] - times[2]) / seconds,
-        }
-        use = Counter(segment.tag for rollout in rollouts for segment in rollout.segments)
-        checked, correct = self._step_scores(rollouts)
-        for name in self.expander.table.names:
-            metrics[f"functional_tokens/{name}"] = float(self._sum(torch.tensor(float(use[name]))) / n)
-            if scored := float(self._sum(torch.tensor(checked[name]))):
-                metrics[f"step_scores/{name}"] = float(self._sum(torch.tensor(correct[name]))) / scored
-        return metrics | {f"verdicts/{status}": float(count) for status, count in found["verdicts"].items()}
-
-    def _judged(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
-        """What :class:`AnswerAccuracy` says of the rollouts of all ranks."""
-        metric = AnswerAccuracy().to(self.fabric.device)
-        metric.update([r.score.verdict for r in rollouts if r.score], [r.problem for r in rollouts if r.score])
-        return metric.compute()
-
-    @staticmethod
-    def _step_scores(rollouts: Sequence[Rollout]) -> tuple[dict[str, float], dict[str, float]]:
-        """By functional token: how many segments the reward scored, and the sum of their scores."""
-        counts: dict[str, float] = defaultdict(float)
-        sums: dict[str, float] = defaultdict(float)
-        for rollout in rollouts:
-            for segment, score in zip(rollout.segments, rollout.score.steps if rollout.score else (), strict=False):
-                if score is not None:
-                    counts[segment.tag] += 1.0
-                    sums[segment.tag] += score
-        return counts, sums
+        of the ``kept`` ones in ``batch``; ``groups`` are the rollouts of each problem that were judged."""
+        judged, learned = self._total(sum(map(len, groups))), self._total(kept)
+        found = measure.of_rollouts(
+            rollouts, self.expander.table.names, AnswerAccuracy().to(self.fabric.device), self._total
+        )
+        metrics = measure.of_batch(batch, learned, self._sum) | found | measure.of_groups(groups, self._total)
+        metrics |= {"dropped": found["rollouts"] - judged, "filtered": judged - learned}
+        return metrics | {"sampler_gap_alarm": float(metrics["sampler_gap"] > self.gap_alarm)}
 
     def _validate(self, backend: HFBackend, data: ProblemDataModule) -> tuple[dict[str, float], list[Rollout]]:
         """Metrics of greedy answers to the validation problems, and this rank's answers."""
@@ -424,10 +458,9 @@ class RLTrainer:
         progress = driver.Progress()
         trees = self._grow(problems, self.greedy, Confidence(), backend, data.validation, self.seed, progress)  # type: ignore[arg-type]
         answers = [tree.rollouts()[0] for tree in trees]
-        found = self._judged(answers)
-        tokens = self._sum(torch.tensor(float(sum(r.length for r in answers))))
-        metrics = {f"validation/{name}": found[name] for name in ("accuracy", "low", "high")}
-        return metrics | {"validation/length": float(tokens) / found["n"]}, answers
+        found = measure.of_rollouts(answers, (), AnswerAccuracy().to(self.fabric.device), self._total)
+        names = {"accuracy": "accuracy", "low": "accuracy_low", "high": "accuracy_high", "length": "length"}
+        return {f"validation/{name}": found[key] for name, key in names.items()}, answers
 
     # -- logging, saving -------------------------------------------------------------------------------------------------
 
@@ -436,11 +469,15 @@ class RLTrainer:
             return value
         return self.fabric.all_reduce(value.to(self.fabric.device), reduce_op="sum")  # type: ignore[return-value]
 
-    def _log(self, step: int, metrics: dict[str, float]) -> None:
+    def _total(self, value: float) -> float:
+        """The sum over ranks."""
+        return float(self._sum(torch.tensor(float(value), dtype=torch.float64)))
+
+    def _log(self, step: int, metrics: dict[str, float], times: dict[str, float]) -> None:
         if not self.is_global_zero:
             return
-        self.logger.log_metrics(metrics, step)
-        self.folder.log(step, metrics)
+        self.logger.log_metrics(metrics | times, step)
+        self.folder.log(step, metrics, times)
         if metrics["sampler_gap_alarm"]:
             warnings.warn(
                 f"step {step}: sampled tokens differ by {metrics['sampler_gap']:.3f} nats between sampler and trainer in the mean "
@@ -481,16 +518,16 @@ class RLTrainer:
 
     def _settings(self, model: RLModule, data: ProblemDataModule) -> dict[str, Any]:
         """What the numbers of a run depend on, as :meth:`fit` says: a checkpoint keeps it, resuming compares it."""
-        names = "seed mini_batches epochs gradient_clip drop_timed_out parallel precision expander reward".split()
+        names = "seed mini_batches epochs gradient_clip drop_timed_out filter_dead refill parallel precision".split()
         problems = data.train.problems()
         settings = {
-            "model": {**model.hparams, "model": f"weights {fingerprint(model.reference)}"},
+            "model": {**model.hparams, "model": f"weights {fingerprint(model.model)}"},
             "data": {
                 "train": f"{len(problems)} problems, {seed_of(*problems):x}",
                 "batch_size": data.batch_size,
                 "seed": data.seed,
             },
-            "trainer": {name: getattr(self, name) for name in names},
+            "trainer": {name: getattr(self, name) for name in (*names, "expander", "reward")},
         }
         if model.hparams.final_lr != 1:
             settings["trainer"]["max_steps"] = self.max_steps
@@ -498,8 +535,14 @@ class RLTrainer:
 
     def _save(self, steps: int, model: RLModule, optimizer: Any, settings: dict[str, Any]) -> None:
         if self.is_global_zero:
-            weights = {"model": model.model.state_dict(), "optimizer": optimizer.state_dict()}
-            self.folder.save(steps, {"settings": settings, **weights})
+            state = {"settings": settings, "model": model.weights_saved(), "optimizer": optimizer.state_dict()}
+            if model.hparams.reference_reset:
+                state["reference"] = model.reference
+            self.folder.save(steps, state)
+
+    def _save_best(self, steps: int, accuracy: float, model: RLModule, settings: dict[str, Any]) -> None:
+        if self.is_global_zero:
+            self.folder.save_best(steps, accuracy, {"settings": settings, "model": model.weights_saved()})
 
     def _resume(self, model: RLModule, optimizer: Any, settings: dict[str, Any], ckpt_path: str | None) -> int:
         """Go back to a checkpoint; returns the number of steps done."""
@@ -511,24 +554,33 @@ class RLTrainer:
                     f"{path} was written with other settings ({differences(state['settings'], settings)}); give another "
                     "trainer.out, or --ckpt_path none to begin anew"
                 )
-            self._load(path, model, state)
+            if "optimizer" not in state:
+                raise UserError(f"{path} has weights alone, to validate; training goes on at one of step-*.pt")
+            model.load_weights(state["model"])
             optimizer.load_state_dict(state["optimizer"])
+            model.reference = state.get("reference", model.reference)
             first = int(state["steps"])
+        self.fabric.barrier()  # all have read it
         if self.is_global_zero:
             self.folder.rewind(first)
+        self.fabric.barrier()
         return first
 
-    def _load(self, path: Path, model: RLModule, state: dict[str, Any]) -> None:
-        try:
-            model.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise UserError(
-                f"{path} does not fit the model: other sizes or another vocabulary; give the model.model that its run began with"
-            ) from error
+    def _open_store(self, settings: dict[str, Any], anew: bool) -> StepStore | None:
+        if not self.save_rollouts:
+            return None
+        store = StepStore(self.out / "rollouts", self.fabric.global_rank)
+        if self.is_global_zero:
+            store.prepare(settings, self.max_steps, anew)
+        self.fabric.barrier()
+        return store
 
     def _export(self, model: RLModule) -> None:
         if self.is_global_zero:
-            model.model.save_pretrained(self.out / "hf")
+            if self.export == "best" and (path := self.folder.choose("best")):
+                model.load_weights(checkpoints.read(path, "settings", self.fabric.device)["model"])
+            merged = model.merged()
+            merged.save_pretrained(self.out / "hf")
             model.tokenizer.save_pretrained(self.out / "hf")
             self.logger.finalize("success")
             print(f"model: {self.out / 'hf'}")
@@ -555,3 +607,16 @@ def _signals(trainer: RLTrainer) -> Iterator[None]:
 def _rates(metrics: dict[str, float]) -> str:
     validated = f"  validation {100 * metrics['validation/accuracy']:.1f} %" if "validation/accuracy" in metrics else ""
     return f"reward {metrics['reward']:.3f}  right {100 * metrics['accuracy']:.1f} %  kl {metrics['kl']:.3f}{validated}"
+
+
+def _times(clock: Sequence[float], progress: driver.Progress) -> dict[str, float]:
+    """Seconds of a step, what they went for, and how fast it generated, on this rank. ``clock`` was read at the step's beginning
+    and when it had rolled out, prepared its batch and learned."""
+    seconds = clock[-1] - clock[0]
+    return {
+        "seconds": seconds,
+        "tokens_per_second": progress.tokens / max(clock[1] - clock[0], 1e-9),
+        "share_rollout": (clock[1] - clock[0] - progress.score_seconds) / seconds,
+        "share_score": (clock[2] - clock[1] + progress.score_seconds) / seconds,
+        "share_update": (clock[3] - clock[2]) / seconds,
+    }

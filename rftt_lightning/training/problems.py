@@ -47,3 +47,11 @@ class ProblemDataModule(lightning.LightningDataModule):
         epoch, index = divmod(step, per_epoch)
         order = random.Random(f"{self.seed} {epoch}").sample(range(len(problems)), len(problems))
         return [problems[i] for i in order[index * self.batch_size : (index + 1) * self.batch_size]]
+
+    def further(self, step: int, start: int, count: int) -> list[Problem]:
+        """``count`` problems that are not in the step's batch, after the first ``start`` of them, or as many as there are: those
+        that a step takes where others have nothing to learn from. Also a function of seed and step alone."""
+        batch = {problem.id for problem in self.batch(step)}
+        others = [problem for problem in self.train.problems() if problem.id not in batch]
+        stop = min(start + count, len(others))
+        return random.Random(f"{self.seed} further {step}").sample(others, len(others))[start:stop]

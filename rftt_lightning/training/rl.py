@@ -5,22 +5,24 @@ Shape suffixes: B rows, T response positions (right-padded), L prompt and respon
 
 from __future__ import annotations
 
-import copy
+import hashlib
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import lightning
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from rftt_lightning.core.contracts import Provenance, Rollout, UserError
 from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.policy import logprobs, objectives
+from rftt_lightning.policy.adapters import LoRA, adapt
 from rftt_lightning.policy.vocab import Vocabulary, add_functional_tokens, load
 
 
@@ -125,6 +127,23 @@ CHOICES = {
 """Named options of :class:`RLModule`."""
 
 
+class _Scorer(nn.Module):
+    """:meth:`RLModule.log_probs` as a module, which ``functional_call`` can lend other weights."""
+
+    def __init__(self, model: nn.Module, allowed_SV: Tensor, temperature: float) -> None:
+        super().__init__()
+        self.model, self.allowed_SV, self.temperature = model, allowed_SV, temperature
+
+    def forward(self, batch: RLBatch) -> tuple[Tensor, Tensor]:
+        where_BT = batch.mask_BT > 0
+        backbone, head = logprobs.parts(self.model)
+        hidden_BTH = backbone(input_ids=batch.tokens_BL, use_cache=False).last_hidden_state[:, :-1]
+        columns = (x_BT[where_BT] for x_BT in (hidden_BTH, batch.tokens_BL[:, 1:], batch.states_BT))
+        found = logprobs.written(head, *columns, self.allowed_SV, self.temperature)
+        logp_BT, entropy_BT = (torch.zeros_like(batch.mask_BT).masked_scatter(where_BT, x_N) for x_N in found)
+        return logp_BT, entropy_BT
+
+
 class RLModule(lightning.LightningModule):
     """REINFORCE++ (arXiv 2501.03262) and its relatives on rollouts of functional-token-guided search.
 
@@ -159,9 +178,16 @@ class RLModule(lightning.LightningModule):
         forced_weight: weight in the loss of functional tokens that search forced (1 keeps, 0 masks them).
         argmax_weight: the same for those that are the policy's favourites; None is forced_weight.
         lr, betas, weight_decay: of AdamW; warmup_steps, final_lr: linear warm-up, then cosine down to this share.
-        dtype: of the weights; training in "bfloat16" loses small updates, prefer trainer.precision bf16-mixed.
+        trainable: ``all`` weights; ``functional_rows``: the functional tokens' rows of the embeddings alone; ``lora``: low-rank
+            updates of the linear layers, and these rows. The reference shares what is not trained with the policy.
+        lora: rank, alpha and targets, for ``trainable: lora``.
+        reference_reset: every so many steps the policy becomes the reference (arXiv 2505.24864; the optimizer keeps
+            its state here); None: it stays the model that training began with.
+        dtype: of the weights; training in "bfloat16" loses small updates, prefer trainer.precision bf16-mixed. What LoRA and
+            functional_rows train is in float32 whatever the frozen rest is in.
         attention: Transformers' attention implementation.
-        seed: of the noise in added rows.
+        gradient_checkpointing: recompute activations in the backward pass, to save memory.
+        seed: of the noise in added rows, and of LoRA's beginning.
 
     Raises :class:`UserError` for values out of these ranges.
     """
@@ -191,8 +217,12 @@ class RLModule(lightning.LightningModule):
         weight_decay: float = 0.0,
         warmup_steps: int = 3,
         final_lr: float = 0.1,
+        trainable: str = "all",
+        lora: LoRA = LoRA(),  # noqa: B008  frozen
+        reference_reset: int | None = None,
         dtype: str = "float32",
         attention: str = "sdpa",
+        gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -208,6 +238,7 @@ class RLModule(lightning.LightningModule):
             "betas": (all(0 <= beta < 1 for beta in betas), "two numbers from 0 to below 1"),
             "constant_length": (constant_length >= 1, "at least 1"),
             "importance_cap": (importance_cap >= 1, "at least 1"),
+            "reference_reset": (reference_reset is None or reference_reset >= 1, "null or at least 1"),
             "argmax_weight": (argmax_weight is None or argmax_weight >= 0, "null or at least 0"),
         }
         for name in ("kl_beta", "clip_low", "clip_high", "forced_weight", "weight_decay", "warmup_steps"):
@@ -226,22 +257,71 @@ class RLModule(lightning.LightningModule):
         width = self.model.get_output_embeddings().weight.shape[0]
         self.vocabulary = Vocabulary(self.tokenizer, self.table, width)
         self.register_buffer("allowed_SV", self.vocabulary.allowed_SV, persistent=False)
-        self._reference = [copy.deepcopy(self.model).requires_grad_(False).eval()]  # in a list: not a part of the state
+        rows = [*self.vocabulary.opens, *self.vocabulary.closes]
+        self._adapted = [adapt(self.model, rows, trainable, lora, seed)]  # in a list: not a module beside the model
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.reset_reference()
 
-    @property
-    def reference(self) -> torch.nn.Module:
-        return self._reference[0]
+    # -- weights ---------------------------------------------------------------------------------------------------------
 
-    def log_probs(self, model: torch.nn.Module, batch: RLBatch) -> tuple[Tensor, Tensor]:
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by their names in ``model``."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def reset_reference(self) -> None:
+        """The policy of now becomes the reference: ``reference`` holds a copy of what is trained, the rest is shared."""
+        self.reference = {name: parameter.detach().clone() for name, parameter in self.trained().items()}
+
+    def weights_saved(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model: all of its state, without what is frozen."""
+        state = self.model.state_dict(keep_vars=True)
+        whole = self.hparams.trainable == "all"
+        return {name: tensor.detach() for name, tensor in state.items() if whole or tensor.requires_grad}
+
+    def load_weights(self, saved: Mapping[str, Tensor]) -> None:
+        """Take back :meth:`weights_saved`. Raises :class:`UserError` where they are of another model."""
+        try:
+            if saved.keys() != self.weights_saved().keys():
+                raise RuntimeError("other names")
+            self.model.load_state_dict(saved, strict=False)
+        except RuntimeError as error:
+            raise UserError(
+                "the checkpoint does not fit the model: other sizes, another vocabulary, or other weights are trained; give the "
+                "model.model, model.trainable and model.lora that its run began with"
+            ) from error
+
+    def digest(self) -> str:
+        """Hexadecimal digest of every bit of what is trained, the same on every device: one policy of a run from another."""
+        sums = []
+        for parameter in self.trained().values():
+            bits = (
+                parameter.detach().flatten().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.itemsize])
+            )
+            for start, part in enumerate(bits.split(1 << 24)):
+                place = torch.arange(1, len(part) + 1, device=part.device) + (start << 24)
+                sums.append(
+                    torch.stack([part.sum(), (part * place).sum()])
+                )  # in int64, which wraps around alike everywhere
+        return hashlib.blake2b(torch.stack(sums).cpu().numpy().tobytes(), digest_size=8).hexdigest()
+
+    def merged(self) -> Any:
+        """The Hugging Face model with what was trained in its plain weights. It is for export: nothing is trained after it."""
+        (adapted,) = self._adapted
+        return self.model if adapted is None else adapted.merge_and_unload()
+
+    # -- from rollouts to a loss -----------------------------------------------------------------------------------------
+
+    def log_probs(self, batch: RLBatch, weights: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Log-probabilities [B, T] of the response tokens under the grammar mask, the distribution that was sampled from, and its
-        entropy; 0 elsewhere. Only response tokens have logits, some at a time."""
-        where_BT = batch.mask_BT > 0
-        backbone, head = logprobs.parts(model)
-        hidden_BTH = backbone(input_ids=batch.tokens_BL, use_cache=False).last_hidden_state[:, :-1]
-        columns = (x_BT[where_BT] for x_BT in (hidden_BTH, batch.tokens_BL[:, 1:], batch.states_BT))
-        found = logprobs.written(head, *columns, self.allowed_SV, self.hparams.temperature)
-        logp_BT, entropy_BT = (torch.zeros_like(batch.mask_BT).masked_scatter(where_BT, x_N) for x_N in found)
-        return logp_BT, entropy_BT
+        entropy; 0 elsewhere. ``weights`` stand in for those of the policy, as ``reference`` does. Only response tokens have
+        logits, some at a time."""
+        scorer = _Scorer(self.model, self.allowed_SV, self.hparams.temperature)
+        if weights is None:
+            return scorer(batch)
+        lent = {f"model.{name}": weight for name, weight in weights.items()}
+        # peft's rows of tied embeddings are one entry of one dictionary: swapped by both names, it would not be put back
+        return functional_call(scorer, lent, (batch,), tie_weights=self.hparams.trainable == "all")
 
     @torch.no_grad()
     def prepare(self, batch: RLBatch, rows: int, reduce: objectives.Reduce = lambda x: x) -> RLBatch:
@@ -250,8 +330,8 @@ class RLModule(lightning.LightningModule):
         old_BT, reference_BT = torch.zeros_like(batch.mask_BT), torch.zeros_like(batch.mask_BT)
         for index, part in batch.split(rows):
             span = slice(part.mask_BT.shape[1])
-            old_BT[index, span], _ = self.log_probs(self.model, part)
-            reference_BT[index, span], _ = self.log_probs(self.reference, part)
+            old_BT[index, span], _ = self.log_probs(part)
+            reference_BT[index, span], _ = self.log_probs(part, self.reference)
         batch = replace(batch, old_BT=old_BT, reference_BT=reference_BT)
         return replace(batch, advantage_BT=self.advantages(batch, reduce))
 
@@ -300,7 +380,7 @@ class RLModule(lightning.LightningModule):
         """Loss of a micro-batch, and its detached share of :data:`MEASURED`. The totals are those of the whole optimizer step, over
         all ranks: the first divides loss and clip fraction, the second the rest."""
         (divisor, count), batch, settings = work.totals, work.batch, self.hparams
-        logp_BT, entropy_BT = self.log_probs(self.model, batch)
+        logp_BT, entropy_BT = self.log_probs(batch)
         weight_BT, _ = self.weights(batch)
         sampled_BT = batch.provenance_BT == int(Provenance.SAMPLED)
         trust_BT = objectives.importance(batch.old_BT, batch.behaviour_BT, settings.importance, settings.importance_cap)
@@ -315,8 +395,8 @@ class RLModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         settings = self.hparams
-        parameters = self.model.parameters()
-        return torch.optim.AdamW(parameters, settings.lr, tuple(settings.betas), weight_decay=settings.weight_decay)
+        betas, decay = tuple(settings.betas), settings.weight_decay
+        return torch.optim.AdamW(self.trained().values(), settings.lr, betas, weight_decay=decay)
 
     def learning_rate(self, step: int, steps: int) -> float:
         """Linear warm-up, then cosine from ``lr`` to ``final_lr * lr`` over ``steps``."""

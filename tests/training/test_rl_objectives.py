@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.func import functional_call
 
 import oracles
 from rftt_lightning.core.contracts import Problem, Provenance, Rollout, Score, Segment, Status, Verdict
@@ -52,7 +53,7 @@ def rollouts(module: RLModule) -> list[Rollout]:
 def learner() -> RLModule:
     module = RLModule(BASE)
     with torch.no_grad():  # so that there is a KL
-        for parameter in module.reference.parameters():
+        for parameter in module.reference.values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     return module
 
@@ -110,8 +111,9 @@ def test_log_probs_are_those_of_the_distribution_that_the_sampler_draws_from(mod
     """Also at another temperature; each position's logits speak of the token after it."""
     batch = collate(rollouts(module), module.vocabulary)
     with options(module, temperature=0.7), torch.no_grad():
-        logp, entropy = module.log_probs(module.reference, batch)
-        logits = module.reference(input_ids=batch.tokens_BL, use_cache=False).logits
+        logp, entropy = module.log_probs(batch, module.reference)
+        inputs = {"input_ids": batch.tokens_BL, "use_cache": False}
+        logits = functional_call(module.model, module.reference, kwargs=inputs).logits
     for row, t in batch.mask_BT.nonzero().tolist():
         expected = masked_log_softmax(logits[row, t], batch.states_BT[row, t], module.allowed_SV, 0.7)
         assert float(logp[row, t]) == pytest.approx(float(expected[batch.tokens_BL[row, t + 1]]), abs=1e-4)
@@ -126,7 +128,7 @@ def test_the_policys_loss_is_the_clipped_surrogate(module):
     batch = moved(prepared(module))
     with options(module, clip_low=0.05, clip_high=0.1), torch.no_grad():
         found, measured = module(Work(module.totals(batch), batch))
-    logp, _ = module.log_probs(module.model, batch)
+    logp, _ = module.log_probs(batch)
     terms = [x.tolist() for x in (logp.detach(), batch.old_BT, batch.advantage_BT, batch.mask_BT)]
     expected = oracles.ppo(*terms, float(batch.mask_BT.sum()), 0.05, 0.1)
     assert (float(found), float(measured[1])) == pytest.approx(expected, abs=1e-5) and expected[1] > 0.1
@@ -211,7 +213,7 @@ def test_a_kl_in_the_loss_is_not_in_the_reward_and_weighs_what_it_should(module)
     assert torch.equal(prepared(module, kl_beta=0.3, kl_in="loss").advantage_BT, without.advantage_BT)
     assert not torch.equal(prepared(module, kl_beta=0.3).advantage_BT, without.advantage_BT)
     weight, divisor = module.weights(without)
-    logp, _ = module.log_probs(module.model, without)
+    logp, _ = module.log_probs(without)
     for kind in CHOICES["kl"]:
         more = loss(module, without, kl_in="loss", kl=kind, kl_beta=0.3) - loss(module, without, kl_beta=0.0)
         terms = [x.tolist() for x in (logp.detach(), without.reference_BT, weight)]
