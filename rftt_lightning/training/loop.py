@@ -6,7 +6,7 @@ import json
 import signal
 import time
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +27,7 @@ from rftt_lightning.policy.rewards import Confidence
 from rftt_lightning.search import driver
 from rftt_lightning.search.expand import TokenExpander, seed_of
 from rftt_lightning.search.store import LOCK, describe, differences
-from rftt_lightning.training import checkpoints
+from rftt_lightning.training import checkpoints, measures
 from rftt_lightning.training.metrics import AnswerAccuracy
 from rftt_lightning.training.problems import ProblemDataModule
 from rftt_lightning.training.rl import MEASURED, RLBatch, RLModule, Work, collate
@@ -64,7 +64,8 @@ class RLTrainer:
         accelerator, devices, num_nodes, strategy: of Fabric. Weights are whole on each device.
         precision: 32-true, or bf16-mixed for weights in float32 and forward passes (rollouts too) in bfloat16.
         callbacks: objects whose ``on_step_end(trainer, module, metrics, trees)`` is called after each step, by keyword, on every
-            rank: ``trees`` are those that the rank grew. ``on_train_start(trainer, pl_module)`` is called before the first one.
+            rank: ``metrics`` as in metrics.jsonl, ``trees`` are those that the rank grew. ``on_train_start(trainer, pl_module)``
+            is called before the first one.
 
     Raises :class:`UserError` for values out of range.
     """
@@ -134,7 +135,7 @@ class RLTrainer:
             precision=precision,  # type: ignore[arg-type]
             callbacks=self.callbacks,
         )
-        self.stop_asked = False
+        self.stop_asked, self.stop_reason = False, ""
 
     # what LightningCLI and its SaveConfigCallback ask of a trainer
     @property
@@ -197,13 +198,21 @@ class RLTrainer:
                     metrics |= values
                     self._show("validation", answers[:4], step)
                 self._log(step, metrics)
-                self.fabric.call("on_step_end", trainer=self, module=model, metrics=metrics, trees=trees)
+                self.fabric.call(
+                    "on_step_end", trainer=self, module=model, metrics={"step": step, **metrics}, trees=trees
+                )
                 bar.update(task, advance=1, rates=_rates(metrics))
                 stop = bool(self.fabric.all_reduce(torch.tensor(float(self.stop_asked)), reduce_op="sum"))
                 if stop or (step + 1) % self.checkpoint_every == 0 or step + 1 == self.max_steps:
                     self._save(step + 1, model, optimizer, settings)
+                if stop and (reason := self.strategy.broadcast(self.stop_reason)):
+                    raise UserError(reason)
                 if stop:
                     raise KeyboardInterrupt
+
+    def stop(self, reason: str) -> None:
+        """End the run after this step and its checkpoint, by a :class:`UserError` of this line; asked for on rank zero."""
+        self.stop_asked, self.stop_reason = True, reason
 
     def validate(self, model: RLModule, datamodule: ProblemDataModule, ckpt_path: str | None = None) -> None:
         """Answer the validation problems greedily and print the accuracy; writes nothing.
@@ -285,7 +294,7 @@ class RLTrainer:
         if step % self.validate_every == 0:
             self._text("tree", trees[0].render(), step)
             self._show("tree", trees[0].rollouts()[:3], step)
-        return learned | self._measure(rollouts, len(kept), batch, progress, times), trees
+        return learned | self._measure(trees, data.train, len(kept), batch, progress, times), trees
 
     def _drops(self, rollout: Rollout) -> bool:
         """Is it left out of what is learned?"""
@@ -359,17 +368,20 @@ class RLTrainer:
 
     def _measure(
         self,
-        rollouts: Sequence[Rollout],
+        trees: Sequence[Tree],
+        source: ProblemSource,
         kept: int,
         batch: RLBatch,
         progress: driver.Progress,
         times: Sequence[float],
     ) -> dict[str, float]:
-        """Metrics of a step: accuracy, length and use of tokens are those of all rollouts, reward, KL and the sampler's gap those
-        of the ``kept`` ones in ``batch``."""
+        """Metrics of a step: accuracy and what :mod:`measures` names are those of all rollouts, reward, KL and the sampler's gap
+        those of the ``kept`` ones in ``batch``."""
         # Rollouts of one tree share prefixes, so they are not independent: the true interval is wider than this one.
-        found = self._judged(rollouts)
+        found = self._judged([rollout for tree in trees for rollout in tree.rollouts()])
         n = found["n"]
+        sums = measures.count(trees, self.expander.table, source)
+        total = self._sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
         learned = float(self._sum(torch.tensor(float(kept))))
         tokens = self._sum(batch.mask_BT.sum()).clamp(min=1)
         kl = self._sum(((batch.old_BT - batch.reference_BT) * batch.mask_BT).sum()) / tokens
@@ -384,8 +396,6 @@ class RLTrainer:
             "rollouts": float(n),
             "dropped": n - learned,
             "kl": float(kl),
-            "length": float(self._sum(torch.tensor(float(sum(r.length for r in rollouts)))) / n),
-            "complete": float(self._sum(torch.tensor(float(sum(r.complete for r in rollouts)))) / n),
             "sampler_gap": gap,
             "sampler_gap_alarm": float(gap > self.gap_alarm),
             "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
@@ -394,12 +404,7 @@ class RLTrainer:
             "share_score": (times[2] - times[1] + progress.score_seconds) / seconds,
             "share_update": (times[3] - times[2]) / seconds,
         }
-        use = Counter(segment.tag for rollout in rollouts for segment in rollout.segments)
-        checked, correct = self._step_scores(rollouts)
-        for name in self.expander.table.names:
-            metrics[f"functional_tokens/{name}"] = float(self._sum(torch.tensor(float(use[name]))) / n)
-            if scored := float(self._sum(torch.tensor(checked[name]))):
-                metrics[f"step_scores/{name}"] = float(self._sum(torch.tensor(correct[name]))) / scored
+        metrics |= measures.rates(dict(zip(sums, total, strict=True)))
         return metrics | {f"verdicts/{status}": float(count) for status, count in found["verdicts"].items()}
 
     def _judged(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
@@ -407,18 +412,6 @@ class RLTrainer:
         metric = AnswerAccuracy().to(self.fabric.device)
         metric.update([r.score.verdict for r in rollouts if r.score], [r.problem for r in rollouts if r.score])
         return metric.compute()
-
-    @staticmethod
-    def _step_scores(rollouts: Sequence[Rollout]) -> tuple[dict[str, float], dict[str, float]]:
-        """By functional token: how many segments the reward scored, and the sum of their scores."""
-        counts: dict[str, float] = defaultdict(float)
-        sums: dict[str, float] = defaultdict(float)
-        for rollout in rollouts:
-            for segment, score in zip(rollout.segments, rollout.score.steps if rollout.score else (), strict=False):
-                if score is not None:
-                    counts[segment.tag] += 1.0
-                    sums[segment.tag] += score
-        return counts, sums
 
     def _validate(self, backend: HFBackend, data: ProblemDataModule) -> tuple[dict[str, float], list[Rollout]]:
         """Metrics of greedy answers to the validation problems, and this rank's answers."""
