@@ -26,6 +26,8 @@ from rftt_lightning.core.contracts import UserError
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.core.tree import Tree
 
+SHARES = ("accuracy", "repair/net")
+"""Shares of rollouts whose changes rules ask about."""
 RECENT = 200
 """Steps whose differences tell a metric's noise."""
 
@@ -46,14 +48,15 @@ class Thresholds:
             which the functional tokens mean nothing to the policy (arXiv 2502.13389 starts from an SFT warm-up against that).
         kl: nats a token from the reference model. The paper's runs reach 0.02 to 0.08, healthy ones of the embedded worlds 0.25.
         shorter, longer: factors of the length at the start, without a gain in accuracy.
-        more_checks: factor of the verify segments at the start, without more repairs (wrong → right minus right → wrong).
+        more_checks: factor of the verify segments at the start, paid for and without more repairs (wrong → right minus right →
+            wrong).
         gap: nats a token between sampler and trainer (arXiv 2510.26788 on what such gaps do).
         dead: share of problems whose rollouts are all right or all wrong (arXiv 2503.14476, section 3.2).
         late: share of verdicts that timed out.
     """
 
     window: int = 5
-    patience: int = 3
+    patience: int = 5
     sigmas: float = 4.0
     gain: float = 0.02
     token_share: float = 0.9
@@ -105,7 +108,7 @@ class Trend:
     """One metric so far; ``values`` are those of the steps that have it."""
 
     def __init__(self, window: int) -> None:
-        self.window = window
+        self.window, self.noise = window, 0.0
         self.values: list[float] = []
         self.peak = -math.inf
         """The greatest of all medians of ``window`` steps."""
@@ -130,10 +133,10 @@ class Trend:
 
     @property
     def error(self) -> float:
-        """Standard error of ``now - start``: 1.25 s √(2 / window) for medians, s = 1.48 median |difference| / √2 of one step."""
-        recent = self.values[-RECENT:]
-        steps = [abs(b - a) for a, b in itertools.pairwise(recent)]
-        return 1.2533 * 1.4826 * median(steps) / math.sqrt(self.window)
+        """Standard error of ``now - start``: 1.25 s √(2 / window) for medians, s = 1.48 median |difference| / √2 of one step, or
+        its ``noise`` if that is more."""
+        differences = [abs(b - a) for a, b in itertools.pairwise(self.values[-RECENT:])]
+        return max(1.4826 * median(differences) / math.sqrt(2), self.noise) * 1.2533 * math.sqrt(2 / self.window)
 
     def __str__(self) -> str:
         return f"{self.start:.3g} → {self.now:.3g}" if self.ready else f"{self.now:.3g}"
@@ -150,6 +153,10 @@ class Trends:
         verdicts = {"timed_out": metrics.get("verdicts/timed_out", 0.0) / max(metrics.get("rollouts", 0.0), 1.0)}
         for name, value in {**metrics, **verdicts}.items():
             self._trends[name].add(value)
+        for name in (
+            SHARES
+        ):  # a few steps can agree by chance, but a share of n rollouts has a standard deviation of up to 1 / 2 √n
+            self._trends[name].noise = 0.5 / math.sqrt(max(metrics.get("rollouts", 1.0), 1.0))
 
     def __getitem__(self, name: str) -> Trend | None:
         """The metric, if there is a window of it."""
@@ -176,12 +183,12 @@ class Trends:
         return trend is not None and trend.now - trend.start > max(least, self.limits.sigmas * trend.error)
 
     def better(self) -> bool:
-        """Did the accuracy gain since the start, and keep what it gained? In doubt, yes: one standard error of gain is enough,
-        while a loss must exceed the noise."""
+        """Did the accuracy gain since the start, and keep what it gained? Too early to say counts as yes, and half the ``sigmas``
+        are enough."""
         trend = self.changed("accuracy")
         if trend is None:
             return True
-        gained = trend.now - trend.start > max(self.limits.gain, trend.error)
+        gained = trend.now - trend.start > max(self.limits.gain, self.limits.sigmas / 2 * trend.error)
         lost = trend.peak - trend.now > max((trend.peak - trend.start) / 2, self.limits.sigmas * trend.error)
         return gained and not lost
 
@@ -232,14 +239,19 @@ def length_growth(trends: Trends) -> str | None:
 
 
 def prm_gaming(trends: Trends) -> str | None:
-    """More checks, no more repairs (wrong → right minus right → wrong), no gain in accuracy."""
+    """More checks, for which more reward is paid, but no more repairs (wrong → right minus right → wrong) and no gain in accuracy."""
     checks, repairs = trends.changed("functional_tokens/verify"), trends.changed("repair/net")
     if not checks or not repairs or trends.better():
         return None
     more = trends.rises("functional_tokens/verify", (trends.limits.more_checks - 1) * checks.start)
-    if more and repairs.now - repairs.start <= max(trends.limits.gain, repairs.error):
-        paid = f", reward on verify {trends['rewards/verify']}" if trends["rewards/verify"] else ""
-        return f"verify {checks} an answer, repairs {repairs}{paid}, accuracy {trends['accuracy']}"
+    paid = trends.rises("rewards/verify", trends.limits.gain)
+    if (
+        more
+        and paid
+        and repairs.now - repairs.start <= max(trends.limits.gain, trends.limits.sigmas / 2 * repairs.error)
+    ):
+        reward = trends["rewards/verify"]
+        return f"verify {checks} an answer, reward on it {reward}, repairs {repairs}, accuracy {trends['accuracy']}"
     return None
 
 
@@ -275,8 +287,8 @@ def _above(trends: Trends, name: str, limit: float, unit: str) -> str | None:
 
 @dataclass(frozen=True)
 class Sickness:
-    """A ``rule``, whose name is the sickness's; the metrics that it ``needs``; what ``follows`` from it, its symptom and no alarm of
-    its own while it holds; and what to try."""
+    """A ``rule``, whose name is the sickness's; the metrics that it ``needs``; what ``follows`` from it, its symptom and no alarm
+    of its own while it holds; and what to try."""
 
     rule: Callable[[Trends], str | None]
     needs: tuple[str, ...]
@@ -314,7 +326,7 @@ SICKNESSES = (
     ),
     Sickness(
         prm_gaming,
-        ("functional_tokens/verify", "repair/net", "accuracy"),
+        ("functional_tokens/verify", "rewards/verify", "repair/net", "accuracy"),
         "a lower process_weight of Blend; ProcessReward's center: null and credit: segment; a PRM trained on this policy's trees",
         follows=("reward_without_accuracy", "token_collapse", "length_growth"),
     ),

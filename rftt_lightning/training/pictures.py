@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -66,7 +67,7 @@ def repairs(net: Sequence[float], mended: Sequence[float], broken: Sequence[floa
     right.set_ylabel("verify segments a rollout", color="#4e79a7")
     right.set_ylim(bottom=0)
     lines = [*left.get_lines()[:3], *right.get_lines()]
-    left.legend(lines, [str(line.get_label()) for line in lines], loc="upper left", fontsize="small")
+    figure.legend(lines, [str(line.get_label()) for line in lines], loc="outside lower center", ncols=4)
     return figure
 
 
@@ -96,11 +97,11 @@ def _bars(axes: Axes, values: Sequence[int], title: str, unit: str) -> None:
     axes.set(title=title, ylabel=unit)
 
 
-def path(rollout: Rollout, table: TokenTable, width: int = 84, lines: int = 60) -> Figure:
+def path(rollout: Rollout, table: TokenTable, width: int = 104, lines: int = 60) -> Figure:
     """A path, a row for each segment in its token's colour; what is longer than ``lines`` of ``width`` characters is cut."""
     rows: list[tuple[str, str, str]] = []  # colour, tag (of the segment's first row), text
     for segment in rollout.segments:
-        text = " ".join(segment.text.split()) + ("" if segment.closed else " … (cut)")
+        text = " ".join([*segment.text.split(), *([] if segment.closed else ["… (cut)"])])
         first, *others = textwrap.wrap(text, width) or [""]
         color = table[segment.tag].color
         rows += [(color, segment.tag, first), *((color, "", other) for other in others)]
@@ -117,8 +118,8 @@ def path(rollout: Rollout, table: TokenTable, width: int = 84, lines: int = 60) 
         _write(axes, 0.0, y, line, weight="bold")
     for y, (color, tag, text) in enumerate(rows, len(question)):
         axes.axhspan(y + 0.04, y + 0.96, color=color, alpha=0.16, lw=0)
-        axes.axhspan(y + 0.04, y + 0.96, xmax=0.006, color=color, lw=0)
-        _write(axes, 0.015, y, tag, color=color, weight="bold")
+        axes.axhspan(y + 0.04, y + 0.96, xmax=0.14, color=color, alpha=0.55, lw=0)
+        _write(axes, 0.01, y, tag, weight="bold", color="white" if _dark(color) else "black")
         _write(axes, 0.15, y, text)
     right = bool(rollout.score and rollout.score.verdict.right)
     _write(axes, 0.0, height - 1.4, verdict, color="#2e7d32" if right else "#c62828", weight="bold")
@@ -127,3 +128,8 @@ def path(rollout: Rollout, table: TokenTable, width: int = 84, lines: int = 60) 
 
 def _write(axes: Axes, x: float, y: float, text: str, **style: str) -> None:
     axes.text(x, y + 0.5, text.replace("$", r"\$"), va="center", family="monospace", fontsize=9.5, **style)
+
+
+def _dark(color: str) -> bool:
+    red, green, blue = to_rgb(color)
+    return 0.3 * red + 0.6 * green + 0.1 * blue < 0.3
