@@ -239,7 +239,7 @@ def length_growth(trends: Trends) -> str | None:
 
 
 def prm_gaming(trends: Trends) -> str | None:
-    """More checks, for which more reward is paid, but no more repairs (wrong → right minus right → wrong) and no gain in accuracy."""
+    """More checks, and more reward on them; no more repairs (wrong → right minus right → wrong), no gain in accuracy."""
     checks, repairs = trends.changed("functional_tokens/verify"), trends.changed("repair/net")
     if not checks or not repairs or trends.better():
         return None
@@ -426,8 +426,8 @@ def diagnose(history: Iterable[Mapping[str, float]], limits: Thresholds = Thresh
 def read_history(path: str | Path) -> list[dict[str, float]]:
     """A run's metrics.jsonl; its last line may be half written. Raises :class:`UserError` if it cannot be read."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
         if not all(isinstance(row["step"], int) for row in rows):
             raise ValueError("step is no whole number")
     except OSError as error:
