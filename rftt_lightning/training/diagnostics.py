@@ -437,7 +437,17 @@ def read_history(path: str | Path) -> list[dict[str, float]]:
     return rows
 
 
-class Diagnostics:
+class Callback:
+    """What is told of a run of ``rftt rl``, by keyword and on every rank; swap by ``class_path``."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Before the first step; what an interrupted run did is in ``trainer.folder``."""
+
+    def on_step_end(self, trainer: Any, module: Any, metrics: Mapping[str, float], trees: Sequence[Tree]) -> None:
+        """After each step: ``metrics`` as in metrics.jsonl, ``trees`` are those that the rank grew."""
+
+
+class Diagnostics(Callback):
     """Callback of ``rftt rl``: a warning when a sickness begins and when it is over, and TensorBoard's ``alarms/<name>`` (0 or 1 a
     step), ``alarms`` as text and, every so many steps, pictures of the trees of rank zero.
 

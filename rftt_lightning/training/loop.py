@@ -28,6 +28,7 @@ from rftt_lightning.search import driver
 from rftt_lightning.search.expand import TokenExpander, seed_of
 from rftt_lightning.search.store import LOCK, describe, differences
 from rftt_lightning.training import checkpoints, measures
+from rftt_lightning.training.diagnostics import Callback
 from rftt_lightning.training.metrics import AnswerAccuracy
 from rftt_lightning.training.problems import ProblemDataModule
 from rftt_lightning.training.rl import MEASURED, RLBatch, RLModule, Work, collate
@@ -63,9 +64,7 @@ class RLTrainer:
             vocabulary model.seed. A step depends on these and on its number alone.
         accelerator, devices, num_nodes, strategy: of Fabric. Weights are whole on each device.
         precision: 32-true, or bf16-mixed for weights in float32 and forward passes (rollouts too) in bfloat16.
-        callbacks: objects whose ``on_step_end(trainer, module, metrics, trees)`` is called after each step, by keyword, on every
-            rank: ``metrics`` as in metrics.jsonl, ``trees`` are those that the rank grew. ``on_train_start(trainer, pl_module)``
-            is called before the first one.
+        callbacks: what is told of each step, see :class:`Callback`.
 
     Raises :class:`UserError` for values out of range.
     """
@@ -96,7 +95,7 @@ class RLTrainer:
         num_nodes: int = 1,
         strategy: str = "auto",
         precision: str = "32-true",
-        callbacks: list[Any] | None = None,
+        callbacks: list[Callback] | None = None,
     ) -> None:
         for name in (
             "max_steps",

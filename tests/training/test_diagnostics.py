@@ -174,27 +174,30 @@ def run(out: Path, base: str, steps: int, *more: str) -> int:
 
 
 @pytest.mark.slow
-def test_a_gameable_prm_rings_stops_the_run_and_a_second_start_goes_on(tmp_path, capfd):
+def test_a_sickness_stops_the_run_and_a_second_start_goes_on(tmp_path, capfd):
+    """All answers are wrong, so that all groups are dead from the first window, steps 0 to 4, and ring five steps later."""
     base, out = save_base(tmp_path / "base"), tmp_path / "run"
-    stop = ["--trainer.callbacks.init_args.stop_on=[prm_gaming]", "--trainer.callbacks.init_args.every=4"]
-    with pytest.warns(UserWarning, match="prm_gaming since step"):
-        assert run(out, base, 30, *stop) == 2
-    error = capfd.readouterr().err
-    (line,) = [line for line in error.splitlines() if line.startswith("rftt:")]
-    assert "stopped by stop_on of Diagnostics: prm_gaming since step" in line
-    rows = read_history(out / "metrics.jsonl")
-    done = len(rows)
-    assert 10 <= done < 30 and (out / f"checkpoints/step-{done:06d}.pt").is_file()
-    assert names(rows) == ["prm_gaming"]
-    assert run(out, base, done + 1, *stop) == 0, "what had begun does not stop it again"
-    assert len(read_history(out / "metrics.jsonl")) == done + 1
+    ill = ["--data.train.init_args.share=0.0", "--trainer.callbacks.init_args.every=4"]
+    stop = "--trainer.callbacks.init_args.stop_on=[dead_groups]"
+    with pytest.warns(UserWarning, match="dead_groups since step 4"):
+        assert run(out, base, 20, *ill, stop) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("rftt:")]
+    assert "stopped by stop_on of Diagnostics: dead_groups since step 4: all right 0" in line
+    assert len(read_history(out / "metrics.jsonl")) == 9 and (out / "checkpoints/step-000009.pt").is_file()
+    assert run(out, base, 10, *ill, stop) == 0, "what had begun does not stop it again"
+    assert len(read_history(out / "metrics.jsonl")) == 10
     events = EventAccumulator(str(out), size_guidance={"scalars": 0, "images": 0}).Reload()
-    values = [event.value for event in events.Scalars("alarms/prm_gaming")]
-    assert values == [0.0] * (done - 1) + [1.0, 1.0] and set(events.Scalars("alarms/kl_explosion")) != set()
+    assert [event.value for event in events.Scalars("alarms/dead_groups")] == [0.0] * 8 + [1.0] * 2
+    assert [event.value for event in events.Scalars("alarms/kl_explosion")] == [0.0] * 10
     drawn = {"trees/transitions", "trees/shapes", "trees/repairs", "paths/0", "paths/1", "paths/2"}
     assert drawn <= set(events.Tags()["images"])
     assert main(["diagnose", str(out)]) == 1
-    assert "prm_gaming" in capfd.readouterr().out
+    assert "dead_groups" in capfd.readouterr().out
+
+
+def test_a_setting_that_is_none_is_refused(tmp_path, capfd):
+    assert run(tmp_path / "run", "x", 1, "--trainer.callbacks.init_args.thresholds.no_such=1") == 2
+    assert "no_such" in capfd.readouterr().err
 
 
 def test_the_command_prints_the_evidence_and_says_by_its_status_whether_one_lasts(capfd, tmp_path):
