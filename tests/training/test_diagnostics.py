@@ -71,7 +71,10 @@ def test_there_are_three_healthy_seeds():
 def test_the_recorded_gameable_prm_rings_its_own_alarm_alone():
     diagnosis = diagnose(read_history(RECORDED / "gaming-0.jsonl"))
     (alarm,) = diagnosis.alarms
-    assert (alarm.name, alarm.until) == ("prm_gaming", None) and alarm.symptoms == ("reward_without_accuracy",)
+    assert (alarm.name, alarm.until) == ("prm_gaming", None) and alarm.symptoms == (
+        "reward_without_accuracy",
+        "length_growth",
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
