@@ -22,6 +22,7 @@ COMMANDS = {
     "store": ("rftt_lightning.app.store", "list, show, export and merge what search and curate stored"),
     "sft": ("rftt_lightning.app.sft", "fine-tune a model on annotated paths"),
     "rl": ("rftt_lightning.app.rl", "reinforcement learning by functional-token-guided tree search"),
+    "diagnose": ("rftt_lightning.app.diagnose", "what ails an RL run: since when, on what evidence, what to try"),
     "evaluate": ("rftt_lightning.app.evaluate", "accuracy, greedy and with n rollouts, with intervals and costs"),
     "sweep": ("rftt_lightning.app.sweep", "run a plan of such commands over seeds, side by side, resumable"),
     "check": ("rftt_lightning.app.check", "judge answers against gold answers"),

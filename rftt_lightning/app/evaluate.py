@@ -14,12 +14,13 @@ from rich.table import Table
 
 from rftt_lightning.app.command import run_command
 from rftt_lightning.app.search import harvest
-from rftt_lightning.core.contracts import Backend, Problem, ProblemSource, Reward, Rollout, UserError
+from rftt_lightning.core.contracts import Backend, ProblemSource, Reward, Rollout, UserError
 from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.core.tree import Tree
 from rftt_lightning.search.expand import Expander
 from rftt_lightning.search.vote import Accuracy, best, score_of, vote
+from rftt_lightning.training import measures
 from rftt_lightning.training.metrics import AnswerAccuracy
 
 VOTES: dict[str, Callable[[Sequence[Rollout]], Rollout | None]] = {
@@ -145,19 +146,10 @@ def _repairs(
     answers: Sequence[Rollout], source: ProblemSource, table: TokenTable, checks: Sequence[str]
 ) -> dict[str, float]:
     """Share of answers whose attempt before the first check was wrong and whose end is right, and the reverse."""
-    asked: list[tuple[Problem, str]] = []
-    checked = []
-    for rollout in answers:
-        first = next((i for i, step in enumerate(rollout.steps) if step.tag in checks), None)
-        if first is not None:
-            checked.append(rollout)
-            asked.append((rollout.problem, table.render(rollout.steps[:first])))
-    before = [verdict.right for verdict in source.judge_many(asked)]
-    after = [bool(r.score and r.score.verdict.right) for r in checked]
-    n = len(answers)
+    found = measures.attempts(answers, source, table, checks)
     return {
-        "wrong_to_right": sum(b < a for b, a in zip(before, after, strict=True)) / n,
-        "right_to_wrong": sum(b > a for b, a in zip(before, after, strict=True)) / n,
+        "wrong_to_right": found.count((False, True)) / len(answers),
+        "right_to_wrong": found.count((True, False)) / len(answers),
     }
 
 

@@ -19,14 +19,16 @@ from lightning.fabric.loggers import TensorBoardLogger
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from rftt_lightning.core.contracts import Problem, ProblemSource, Reward, Rollout, Status, UserError
+from rftt_lightning.core.contracts import Problem, ProblemSource, Provenance, Reward, Rollout, Status, UserError
 from rftt_lightning.core.tree import Tree
+from rftt_lightning.policy import objectives
 from rftt_lightning.policy.hf import HFBackend, fingerprint
 from rftt_lightning.policy.rewards import Confidence
 from rftt_lightning.search import driver
 from rftt_lightning.search.expand import TokenExpander, seed_of
 from rftt_lightning.search.store import LOCK, StepStore, describe, differences
-from rftt_lightning.training import checkpoints, measure
+from rftt_lightning.training import checkpoints, measures
+from rftt_lightning.training.diagnostics import Callback
 from rftt_lightning.training.metrics import AnswerAccuracy
 from rftt_lightning.training.problems import ProblemDataModule
 from rftt_lightning.training.rl import MEASURED, RLBatch, RLModule, Work, collate
@@ -57,7 +59,7 @@ class RLTrainer:
             They are logged as ``dropped``; ``accuracy`` counts them as not right. False learns from what the reward pays: for a
             policy that comes to write what cannot be judged, which dropping does not teach it to leave.
         filter_dead: learn nothing from problems whose rollouts are all right or all not (arXiv 2503.14476, sec. 3.2). Sums are
-            then over what is left, and so are the means that they are divided by. ``dead_groups`` counts such problems either way.
+            then over what is left, and so are the means that they are divided by. ``groups/…`` counts such problems either way.
         refill: with filter_dead, roll out as many further problems as were left out, up to so many times a step.
         save_rollouts: write each step's trees to the store ``out/rollouts``. A run that was killed reads there what the same policy
             grew in a step that it repeats, instead of growing it anew.
@@ -73,8 +75,7 @@ class RLTrainer:
             vocabulary model.seed. A step depends on these and on its number alone.
         accelerator, devices, num_nodes, strategy: of Fabric. Weights are whole on each device.
         precision: 32-true, or bf16-mixed for weights in float32 and forward passes (rollouts too) in bfloat16.
-        callbacks: objects whose ``on_step_end(trainer, module, metrics, trees)`` is called after each step, by keyword, on every
-            rank: ``trees`` are those that the rank grew. ``on_train_start(trainer, pl_module)`` is called before the first one.
+        callbacks: what is told of each step, see :class:`Callback`.
 
     Raises :class:`UserError` for values out of range.
     """
@@ -110,7 +111,7 @@ class RLTrainer:
         num_nodes: int = 1,
         strategy: str = "auto",
         precision: str = "32-true",
-        callbacks: list[Any] | None = None,
+        callbacks: list[Callback] | None = None,
     ) -> None:
         for name in (
             "max_steps",
@@ -157,7 +158,7 @@ class RLTrainer:
             precision=precision,  # type: ignore[arg-type]
             callbacks=self.callbacks,
         )
-        self.stop_asked = False
+        self.stop_asked, self.stop_reason = False, ""
 
     # what LightningCLI and its SaveConfigCallback ask of a trainer
     @property
@@ -221,7 +222,8 @@ class RLTrainer:
                     metrics |= values
                     self._show("validation", answers[:4], step)
                 self._log(step, metrics, times)
-                self.fabric.call("on_step_end", trainer=self, module=model, metrics=metrics, trees=trees)
+                told = {"step": step, **metrics}
+                self.fabric.call("on_step_end", trainer=self, module=model, metrics=told, trees=trees)
                 bar.update(task, advance=1, rates=_rates(metrics))
                 if (accuracy := metrics.get("validation/accuracy", -1.0)) > best:
                     best = accuracy
@@ -229,8 +231,14 @@ class RLTrainer:
                 stop = bool(self.fabric.all_reduce(torch.tensor(float(self.stop_asked)), reduce_op="sum"))
                 if stop or (step + 1) % self.checkpoint_every == 0 or step + 1 == self.max_steps:
                     self._save(step + 1, model, optimizer, settings)
+                if stop and (reason := self.strategy.broadcast(self.stop_reason)):
+                    raise UserError(reason)
                 if stop:
                     raise KeyboardInterrupt
+
+    def stop(self, reason: str) -> None:
+        """End the run after this step and its checkpoint, by a :class:`UserError` of this line; asked for on rank zero."""
+        self.stop_asked, self.stop_reason = True, reason
 
     def validate(self, model: RLModule, datamodule: ProblemDataModule, ckpt_path: str | None = None) -> None:
         """Answer the validation problems greedily and print the accuracy; writes nothing.
@@ -313,7 +321,7 @@ class RLTrainer:
         if step % self.validate_every == 0:
             self._text("tree", trees[0].render(), step)
             self._show("tree", trees[0].rollouts()[:3], step)
-        metrics |= self._measure(rollouts, groups, len(kept), batch)
+        metrics |= self._measure(trees, data.train, sum(map(len, groups)), len(kept), batch)
         return metrics, _times(clock, progress), trees
 
     def _judged(self, tree: Tree) -> list[Rollout]:
@@ -322,7 +330,7 @@ class RLTrainer:
         return [rollout for rollout in tree.rollouts() if not rollout.score or rollout.score.verdict.status != late]
 
     def _learns_from(self, group: Sequence[Rollout]) -> bool:
-        return measure.mixed(group) or not self.filter_dead
+        return measures.mixed(group) or not self.filter_dead
 
     def _roll_out(
         self, step: int, model: RLModule, backend: HFBackend, data: ProblemDataModule, progress: driver.Progress
@@ -440,17 +448,40 @@ class RLTrainer:
         return means | {"grad_norm": norms / max(updates, 1), "lr": rate}
 
     def _measure(
-        self, rollouts: Sequence[Rollout], groups: Sequence[Sequence[Rollout]], kept: int, batch: RLBatch
+        self, trees: Sequence[Tree], source: ProblemSource, judged: float, learned: float, batch: RLBatch
     ) -> dict[str, float]:
-        """Metrics of a step: accuracy, length and use of tokens are those of all rollouts, reward, KL and the sampler's gap those
-        of the ``kept`` ones in ``batch``; ``groups`` are the rollouts of each problem that were judged."""
-        judged, learned = self._total(sum(map(len, groups))), self._total(kept)
-        found = measure.of_rollouts(
-            rollouts, self.expander.table.names, AnswerAccuracy().to(self.fabric.device), self._total
-        )
-        metrics = measure.of_batch(batch, learned, self._sum) | found | measure.of_groups(groups, self._total)
-        metrics |= {"dropped": found["rollouts"] - judged, "filtered": judged - learned}
-        return metrics | {"sampler_gap_alarm": float(metrics["sampler_gap"] > self.gap_alarm)}
+        """Metrics of a step over all ranks: accuracy and what :mod:`measures` names are those of all rollouts, reward, KL and the
+        sampler's gap those of the ``learned`` ones in ``batch``; ``judged`` is how many were not dropped."""
+        judged, learned = self._total(judged), self._total(learned)
+        tokens = self._sum(batch.mask_BT.sum()).clamp(min=1)
+        kl = self._sum(((batch.old_BT - batch.reference_BT) * batch.mask_BT).sum()) / tokens
+        sampled_BT = (batch.provenance_BT == int(Provenance.SAMPLED)) * batch.mask_BT
+        gap = float(objectives.sampler_gap(batch.old_BT, batch.behaviour_BT, sampled_BT, self._sum))
+        # Rollouts of one tree share prefixes, so they are not independent: the true interval is wider than this one.
+        found = self._verdicts([rollout for tree in trees for rollout in tree.rollouts()])
+        sums = measures.count(trees, self.expander.table, source)
+        total = self._sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+        return {
+            "reward": float(self._sum(batch.rewards_BT.sum()) / max(learned, 1.0)),
+            "accuracy": found["accuracy"],
+            "accuracy_low": found["low"],
+            "accuracy_high": found["high"],
+            "problems": self._total(len(trees)),
+            "rollouts": float(found["n"]),
+            "dropped": found["n"] - judged,
+            "filtered": judged - learned,
+            "kl": float(kl),
+            "sampler_gap": gap,
+            "sampler_gap_alarm": float(gap > self.gap_alarm),
+            **measures.rates(dict(zip(sums, total, strict=True))),
+            **{f"verdicts/{status}": float(count) for status, count in found["verdicts"].items()},
+        }
+
+    def _verdicts(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
+        """What :class:`AnswerAccuracy` says of the rollouts of all ranks."""
+        metric = AnswerAccuracy().to(self.fabric.device)
+        metric.update([r.score.verdict for r in rollouts if r.score], [r.problem for r in rollouts if r.score])
+        return metric.compute()
 
     def _validate(self, backend: HFBackend, data: ProblemDataModule) -> tuple[dict[str, float], list[Rollout]]:
         """Metrics of greedy answers to the validation problems, and this rank's answers."""
@@ -458,9 +489,9 @@ class RLTrainer:
         progress = driver.Progress()
         trees = self._grow(problems, self.greedy, Confidence(), backend, data.validation, self.seed, progress)  # type: ignore[arg-type]
         answers = [tree.rollouts()[0] for tree in trees]
-        found = measure.of_rollouts(answers, (), AnswerAccuracy().to(self.fabric.device), self._total)
-        names = {"accuracy": "accuracy", "low": "accuracy_low", "high": "accuracy_high", "length": "length"}
-        return {f"validation/{name}": found[key] for name, key in names.items()}, answers
+        found = self._verdicts(answers)
+        metrics = {f"validation/{name}": found[name] for name in ("accuracy", "low", "high")}
+        return metrics | {"validation/length": self._total(sum(r.length for r in answers)) / found["n"]}, answers
 
     # -- logging, saving -------------------------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ def test_dead_groups_are_counted_and_filtered_as_if_they_were_not_there(gradient
     assert len(found) == line["problems"] == 8 and min(dead.values()) > 0 and sum(dead.values()) < 8
     filtered, other = gradients(*options, FILTER)
     for seen in (line, other):
-        assert seen["dead_groups/all_right"] == dead[True] / 8 and seen["dead_groups/all_wrong"] == dead[False] / 8
+        assert seen["groups/all_right"] == dead[True] / 8 and seen["groups/all_wrong"] == dead[False] / 8
     assert line["filtered"] == 0 < other["filtered"] < other["rollouts"] == line["rollouts"]
     assert not same(everything, filtered)
 
@@ -88,13 +88,13 @@ def test_as_many_further_problems_are_rolled_out_as_were_left_out(tmp_path):
         taken, expected = len(expected), expected + [p.id for p in data.further(0, len(expected) - 8, missing)]
     assert [tree.problem.id for tree in trees] == expected and sum(alive) == 8 < len(alive)
     (line,) = metrics(tmp_path)
-    assert line["problems"] == len(trees) and line["dead_groups/all_right"] + line["dead_groups/all_wrong"] > 0
+    assert line["problems"] == len(trees) and line["groups/all_right"] + line["groups/all_wrong"] > 0
 
 
 def test_refill_ends_where_it_is_said_to_though_nothing_is_alive(tmp_path):
     assert fit(tmp_path, reward(wrong=0.0), *ONE, FILTER, "--trainer.refill=2") == 0
     (line,) = metrics(tmp_path)
-    assert line["problems"] == 3 * 4 and line["dead_groups/all_right"] == 1 and "loss" not in line
+    assert line["problems"] == 3 * 4 and line["groups/all_right"] == 1 and "loss" not in line
 
 
 def test_further_problems_are_others_and_hang_on_seed_and_step_alone():

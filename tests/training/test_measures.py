@@ -1,0 +1,106 @@
+"""Measures are what plain loops count, and add up over ranks."""
+
+import math
+
+import pytest
+
+from rftt_lightning.core.contracts import Problem, Rollout, Score, Status, Verdict
+from rftt_lightning.core.tokens import TokenTable
+from rftt_lightning.training import measures
+from tests.sick import Guess, grown
+
+TABLE = TokenTable.from_yaml()
+SOURCE = Guess()
+
+
+@pytest.fixture(scope="module")
+def trees():
+    return grown(1, 0, repr(({"verify": 3.0}, 1.0, 0.25, 0.4, {"verify": 0.5}, 0.0)))
+
+
+@pytest.fixture(scope="module")
+def found(trees):
+    return measures.rates(measures.count(trees, TABLE, SOURCE))
+
+
+def test_shares_of_rollouts_and_groups(trees, found):
+    paths = [path for tree in trees for path in tree.rollouts()]
+    n = len(paths)
+    assert found["length"] == pytest.approx(sum(len(s.tokens) for p in paths for s in p.segments) / n)
+    assert found["complete"] == pytest.approx(sum(p.complete for p in paths) / n)
+    assert found["tree/depth"] == pytest.approx(sum(len(p.segments) for p in paths) / n)
+    segments = [s for p in paths for s in p.segments]
+    assert found["malformed"] == pytest.approx(sum(not s.closed for s in segments) / len(segments))
+    for name in TABLE.names:
+        assert found[f"functional_tokens/{name}"] == pytest.approx(sum(s.tag == name for s in segments) / n)
+    checks = sum(s.tag == "verify" for s in segments)
+    right = sum(p.score.verdict.right for p in paths if p.segments[-1].tag == "verify")
+    assert found["rewards/verify"] == pytest.approx((0.5 * checks + right) / n)
+    kinds = [{p.score.verdict.right for p in tree.rollouts()} for tree in trees]
+    for name, kind in (("all_right", {True}), ("all_wrong", {False}), ("mixed", {True, False})):
+        assert found[f"groups/{name}"] == pytest.approx(kinds.count(kind) / len(trees))
+
+
+def test_repairs_compare_the_attempt_before_the_first_check_with_the_end(trees, found):
+    before_after = []
+    for path in (path for tree in trees for path in tree.rollouts()):
+        tags = [segment.tag for segment in path.segments]
+        first = min((tags.index(c) for c in ("verify", "refine") if c in tags), default=None)
+        if first is not None:
+            verdict = SOURCE.judge(path.problem, TABLE.render(path.steps[:first]))
+            before_after.append((verdict.right, path.score.verdict.right))
+    n = sum(len(tree.leaves) for tree in trees)
+    assert 0 < len(before_after) < n
+    assert found["repair/checked"] == pytest.approx(len(before_after) / n)
+    assert found["repair/wrong_to_right"] == pytest.approx(before_after.count((False, True)) / n)
+    assert found["repair/right_to_wrong"] == pytest.approx(before_after.count((True, False)) / n)
+    assert found["repair/net"] == pytest.approx(found["repair/wrong_to_right"] - found["repair/right_to_wrong"])
+
+
+def test_nodes_count_once(trees, found):
+    written = [(tree, node) for tree in trees for node in range(1, len(tree)) if tree.visits[node]]
+    parents = {(id(tree), tree.parent[node]) for tree, node in written}
+    assert found["tree/branching"] == pytest.approx(len(written) / len(parents))
+    assert found["tree/visited"] == pytest.approx(len(written) / sum(len(tree) - 1 for tree in trees))
+    shares = {}
+    for tree, node in written:
+        priors = [p for p in tree.segments[node].priors.values() if p]
+        if len(tree.segments[node].priors) > 1:
+            share = -sum(p * math.log(p) for p in priors) / math.log(len(tree.segments[node].priors))
+            shares.setdefault(tree.tag(node), []).append(share)
+    everywhere = [share for values in shares.values() for share in values]
+    assert found["boundary/entropy"] == pytest.approx(sum(everywhere) / len(everywhere))
+    for name, values in shares.items():
+        assert found[f"boundary_entropy/{name}"] == pytest.approx(sum(values) / len(values))
+    assert "boundary_entropy/output" not in found
+
+
+def test_entropy_is_zero_where_certain_and_one_where_uniform():
+    assert measures.uncertainty({"a": 1.0, "b": 0.0}) == 0
+    assert measures.uncertainty(dict.fromkeys("abc", 1 / 3)) == pytest.approx(1)
+
+
+def test_ranks_add_up(trees, found):
+    parts = [measures.count(part, TABLE, SOURCE) for part in (trees[:3], [], trees[3:])]
+    assert len({tuple(part) for part in parts}) == 1, "the same names in the same order, also without trees"
+    total = {name: sum(part[name] for part in parts) for name in parts[0]}
+    assert measures.rates(total) == pytest.approx(found)
+
+
+def group(*statuses: str) -> list[Rollout]:
+    return [Rollout(Problem("p", "q"), (1,), (), True, (), Score(Verdict(Status(s)), 0.5, ())) for s in statuses]
+
+
+@pytest.mark.parametrize(
+    "statuses, alive",
+    [
+        (("right", "wrong"), True),
+        (("right", "no_answer", "right"), True),
+        (("right", "right"), False),
+        (("wrong", "no_answer", "timed_out"), False),
+        (("right",), False),
+        ((), False),
+    ],
+)
+def test_a_group_is_alive_if_some_are_right_and_some_are_not(statuses, alive):
+    assert measures.mixed(group(*statuses)) == alive
