@@ -117,7 +117,10 @@ MEASURED = ("loss", "clip_fraction", "entropy", "approx_kl")
 """What :meth:`RLModule.forward` measures besides the loss it returns."""
 
 CHOICES = {
-    "advantage": ("reinforce++", "reinforce++-baseline", "grpo", "dr.grpo", "rloo", "treerl", "treepo", "siblings"),
+    "advantage": (
+        *("return", "reinforce++", "reinforce++-baseline"),
+        *("grpo", "dr.grpo", "rloo", "treerl", "treepo", "siblings"),
+    ),
     "kl": ("k1", "k2", "k3"),
     "kl_in": ("reward", "loss"),
     "gamma_per": ("token", "segment"),
@@ -149,6 +152,8 @@ class RLModule(lightning.LightningModule):
 
     Named advantages; G is the return-to-go of a token (eq. 6 of that paper), R that of the first token, so of the rollout:
 
+    * ``return``: G as it is. With rewards of 1 and 0 at the answer and no KL the loss is that of SFT on the right rollouts alone:
+      on-policy rejection sampling (RAFT, arXiv 2304.06767; its clipped form is RAFT++ of arXiv 2504.11343).
     * ``reinforce++``: G, whitened over the tokens of the global batch (arXiv 2501.03262, eq. 8).
     * ``reinforce++-baseline``: the problem's mean reward is first taken off the last token, then G is only scaled. The mean leaves
       a KL penalty out. The paper's own has a k2 loss beside the policy's: ``kl: k2, kl_in: loss``.
@@ -351,6 +356,8 @@ class RLModule(lightning.LightningModule):
         returns_BT = objectives.returns_to_go(rewards_BT, settings.gamma, ends_BT)
         if name.startswith("reinforce++"):
             return objectives.whiten(returns_BT, mask_BT, reduce, center=name == "reinforce++")
+        if name == "return":
+            return returns_BT * mask_BT
         total_B = returns_BT.gather(1, mask_BT.argmax(1, keepdim=True))[:, 0]
         if name in ("treerl", "siblings"):
             return getattr(objectives, name)(total_B, batch.node_BT, group_B) * mask_BT

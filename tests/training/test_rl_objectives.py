@@ -1,5 +1,6 @@
 """The named options of RLModule: each acts, and does what its oracle does, on rollouts of trees."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -159,7 +160,7 @@ def worths(batch: RLBatch, gamma: float, per: str, beta: float, kl: str) -> list
 
 @pytest.mark.parametrize("gamma, per", [(1.0, "token"), (0.9, "token"), (0.9, "segment")])
 @pytest.mark.parametrize("kl, beta", [("k1", 0.3), ("k3", 0.5), ("k2", 0.0)])
-@pytest.mark.parametrize("name", CHOICES["advantage"][2:])
+@pytest.mark.parametrize("name", CHOICES["advantage"][3:])
 def test_advantages_among_rollouts_are_those_of_the_oracles(module, name, kl, beta, gamma, per):
     batch = prepared(module, advantage=name, kl=kl, kl_beta=beta, gamma=gamma, gamma_per=per)
     values, mask = worths(batch, gamma, per, beta, kl), batch.mask_BT
@@ -190,9 +191,9 @@ def test_advantages_among_rollouts_are_those_of_the_oracles(module, name, kl, be
     torch.testing.assert_close(batch.advantage_BT, torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CHOICES["advantage"][:2])
+@pytest.mark.parametrize("name", CHOICES["advantage"][:3])
 @pytest.mark.parametrize("per", CHOICES["gamma_per"])
-def test_advantages_of_reinforce_are_whitened_returns(module, name, per):
+def test_advantages_of_reinforce_are_returns(module, name, per):
     batch = prepared(module, advantage=name, kl_beta=0.3, gamma=0.9, gamma_per=per)
     rewards = batch.rewards_BT.clone()
     if name == "reinforce++-baseline":
@@ -205,7 +206,26 @@ def test_advantages_of_reinforce_are_whitened_returns(module, name, per):
     else:
         returns = oracles.returns_by_segment(rewards.tolist(), batch.node_BT.tolist(), 0.9)
     expected = oracles.whiten(returns, batch.mask_BT.tolist(), center=name == "reinforce++")
+    if name == "return":
+        expected = (torch.tensor(returns) * batch.mask_BT).tolist()
     torch.testing.assert_close(batch.advantage_BT, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_plain_returns_of_right_answers_are_sft_on_them(module):
+    """Rewards of 1 and 0 at the end and no KL: the gradient is that of the right rollouts' log-likelihood."""
+    right = [True, False] * len(GROUPS)
+    made = [
+        replace(r, score=replace(r.score, rewards=(0.0,) * (len(r.segments) - 1) + (float(good),)))
+        for r, good in zip(rollouts(module), right, strict=False)
+    ]
+    with options(module, advantage="return", kl_beta=0.0):
+        batch = module.prepare(collate(made, module.vocabulary), rows=4)
+        found, _ = module(Work(module.totals(batch), batch))
+        gradient = torch.autograd.grad(found, list(module.model.parameters()))
+    kept = batch.rows(torch.tensor([i for i in range(len(batch)) if right[i]]))
+    likelihood = module.log_probs(kept)[0].sum() / batch.mask_BT.sum()
+    for a, b in zip(gradient, torch.autograd.grad(-likelihood, list(module.model.parameters())), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_a_kl_in_the_loss_is_not_in_the_reward_and_weighs_what_it_should(module):
@@ -317,7 +337,7 @@ def test_equal_rewards_teach_nothing(module):
     same = [
         replace(r, score=replace(r.score, rewards=(0.0,) * (len(r.segments) - 1) + (1.0,))) for r in rollouts(module)
     ]
-    for name in CHOICES["advantage"][2:]:
+    for name in CHOICES["advantage"][3:]:
         with options(module, advantage=name, kl_beta=0.0):
             batch = module.prepare(collate(same, module.vocabulary), rows=4)
         assert batch.advantage_BT.abs().max() < 1e-5, name
@@ -332,15 +352,16 @@ def test_a_kl_whose_gradient_is_nothing_is_warned_of():
 def steps(module: RLModule, made: list[Rollout], reduce: objectives.Reduce, forward, world: int) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
     """For every advantage, aggregation and KL: loss over all ranks, and the gradient."""
     found = []
-    for number, name in enumerate([*CHOICES["advantage"]] * 3):
+    for (i, name), (j, how) in itertools.product(enumerate(CHOICES["advantage"]), enumerate(CHOICES["aggregation"])):
         changed = {
-            "aggregation": CHOICES["aggregation"][number // 8],
-            "kl": CHOICES["kl"][number % 3],
+            "advantage": name,
+            "aggregation": how,
+            "kl": CHOICES["kl"][(i + j) % 3],
+            "kl_in": CHOICES["kl_in"][(i + j) % 2],
+            "importance": "truncated",
             "argmax_weight": 0.5,
         }
-        with options(
-            module, advantage=name, kl_in="loss" if number % 2 else "reward", importance="truncated", **changed
-        ):
+        with options(module, **changed):
             batch = moved(module.prepare(collate(made, module.vocabulary), rows=2, reduce=reduce))
             value, _ = forward(Work(reduce(module.totals(batch)), batch))
             (value * world).backward()
