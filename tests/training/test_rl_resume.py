@@ -65,9 +65,13 @@ def kill_at_random(folder: Path, variant: str) -> None:
     whole = time.monotonic() - began
     chance, killed, number = random.Random(variant), [], 0
     while len(killed) < KILLS:
-        child = run(folder / f"killed-{number}", variant)
+        child, born = run(folder / f"killed-{number}", variant), time.monotonic()
         life = chance.uniform(0, 0.6 * whole)
-        time.sleep(life)
+        while time.monotonic() - born < life and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            time.sleep(0.002)
+        whole = (
+            min(whole, time.monotonic() - born) if time.monotonic() - born < life else whole
+        )  # the machine is freer now
         os.kill(child, signal.SIGKILL)
         if ended(child) == -signal.SIGKILL:
             lines = folder / f"killed-{number}" / "metrics.jsonl"
