@@ -83,9 +83,9 @@ class Writer:
         formatted = (self.step.format(number=i, tag=s.tag, text=self._clean(s.text)) for i, s in enumerate(steps, 1))
         encoded = self.tokenizer(prompt + "".join(formatted), add_special_tokens=self.special)
         tokens = encoded["input_ids"]
-        start = encoded.char_to_token(len(prompt.rstrip()) - 1) or 0
+        start = encoded.char_to_token(len(prompt.rstrip()) - 1) if prompt.strip() else -1
         ends = [i for i, token in enumerate(tokens) if i > start and token in self.ids]
-        return Written(tuple(tokens), (start, *ends)) if len(ends) == len(steps) else None
+        return Written(tuple(tokens), (max(start, 0), *ends)) if len(ends) == len(steps) else None
 
     def _clean(self, text: str) -> str:
         return self._marks.sub(" ", _encodable(text))
@@ -145,8 +145,8 @@ class LocalPRM(StepScorer):
         found: list[Scores] = [(None,) * len(steps) for _, steps in paths]
         for rows in self._batches({i: min(len(w.tokens), self.limit) for i, w in written.items()}):
             for i, values in zip(rows, self._read([written[i] for i in rows]), strict=True):
-                rest = (None,) * (len(written[i].ends) - len(values))
-                found[i] = (*(relative(values) if self.relative else values[1:]), *rest)
+                scores = relative(values) if self.relative else values[1:]
+                found[i] = (*scores, *found[i][len(scores) :])
         unscored = sum(s is None for scores in found for s in scores)
         if unscored:
             self._unscored += unscored
@@ -172,21 +172,19 @@ class LocalPRM(StepScorer):
         """Values at the ends of each path, those within the context."""
         device = self._model.device
         rows = [w.tokens[: self.limit] for w in written]
-        width = max(map(len, rows))
-        tokens_BT, ends_BT = (
-            torch.zeros(len(rows), width, dtype=torch.long),
-            torch.zeros(len(rows), width, dtype=torch.bool),
-        )
-        mask_BT = torch.zeros(len(rows), width, dtype=torch.long)
-        for b, (row, w) in enumerate(zip(rows, written, strict=True)):
+        tokens_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        mask_BT = torch.zeros_like(tokens_BT)
+        for b, row in enumerate(rows):
             tokens_BT[b, : len(row)], mask_BT[b, : len(row)] = torch.tensor(row), 1
-            ends_BT[b, [end for end in w.ends if end < len(row)]] = True
-        values_N = self._values(tokens_BT.to(device), mask_BT.to(device), ends_BT.to(device)).float().cpu()
-        return [part.tolist() for part in values_N.split(ends_BT.sum(1).tolist())]
+        ends = [[end for end in w.ends if end < len(row)] for row, w in zip(rows, written, strict=True)]
+        places = [(b, end) for b, some in enumerate(ends) for end in some]
+        places_N2 = torch.tensor(places, dtype=torch.long, device=device).view(-1, 2)
+        values_N = self._values(tokens_BT.to(device), mask_BT.to(device), *places_N2.unbind(1)).float().cpu()
+        return [part.tolist() for part in values_N.split([len(some) for some in ends])]
 
     @abstractmethod
-    def _values(self, tokens_BT: Tensor, mask_BT: Tensor, ends_BT: Tensor) -> Tensor:
-        """[N] probabilities at the ends, row by row."""
+    def _values(self, tokens_BT: Tensor, mask_BT: Tensor, rows_N: Tensor, ends_N: Tensor) -> Tensor:
+        """[N] probabilities at these places."""
 
 
 def relative(values: Sequence[float]) -> list[float]:
@@ -234,9 +232,11 @@ class StepTagPRM(LocalPRM):
         self._pair: list[int] = tokenizer.convert_tokens_to_ids(pair)
         self._bind(model, network, writer, batch_tokens, max_length, relative=False)
 
-    def _values(self, tokens_BT: Tensor, mask_BT: Tensor, ends_BT: Tensor) -> Tensor:
+    def _values(self, tokens_BT: Tensor, mask_BT: Tensor, rows_N: Tensor, ends_N: Tensor) -> Tensor:
         backbone, head = parts(self._model)
-        hidden_NH = backbone(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state[ends_BT]
+        hidden_NH = backbone(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state[
+            rows_N, ends_N
+        ]
         return head(hidden_NH)[:, self._pair].float().softmax(-1)[:, 0]
 
 
@@ -287,9 +287,9 @@ class StepClassifierPRM(LocalPRM):
             writer = Writer(tokenizer, chat(tokenizer, system), f"{step}{_escape(separator)}", [separator])
         self._bind(model, network, writer, batch_tokens, max_length, relative)
 
-    def _values(self, tokens_BT: Tensor, mask_BT: Tensor, ends_BT: Tensor) -> Tensor:
+    def _values(self, tokens_BT: Tensor, mask_BT: Tensor, rows_N: Tensor, ends_N: Tensor) -> Tensor:
         logits_BT2 = self._model(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)[0]
-        return logits_BT2[ends_BT].float().softmax(-1)[:, 1]
+        return logits_BT2[rows_N, ends_N].float().softmax(-1)[:, 1]
 
 
 def _where(dtype: str, device: str, attention: str) -> tuple[str, str, str]:

@@ -247,7 +247,6 @@ class PRMModule(lightning.LightningModule):
         warmup_steps: optimizer steps over which the learning rate grows linearly.
         schedule: constant, linear or cosine after that.
         final_lr: what the schedule ends at, as a share of ``lr``.
-        dropout: before the head.
         dtype: of the weights.
         seed: of the head's weights.
     """
@@ -261,17 +260,16 @@ class PRMModule(lightning.LightningModule):
         warmup_steps: int = 20,
         schedule: str = "linear",
         final_lr: float = 0.0,
-        dropout: float = 0.0,
         dtype: str = "float32",
         seed: int = 0,
     ) -> None:
         super().__init__()
         if schedule not in SCHEDULES:
             raise UserError(f"model.schedule is {schedule!r}; use one of {', '.join(SCHEDULES)}")
-        if not (lr > 0 and weight_decay >= 0 and warmup_steps >= 0 and 0 <= final_lr <= 1 and 0 <= dropout < 1):
+        if not (lr > 0 and weight_decay >= 0 and warmup_steps >= 0 and 0 <= final_lr <= 1):
             raise UserError(
-                f"model out of range: lr {lr}, weight_decay {weight_decay}, warmup_steps {warmup_steps}, final_lr {final_lr}, "
-                f"dropout {dropout}; need lr > 0, weight_decay >= 0, warmup_steps >= 0, 0 <= final_lr <= 1, 0 <= dropout < 1"
+                f"model out of range: lr {lr}, weight_decay {weight_decay}, warmup_steps {warmup_steps}, final_lr {final_lr}; "
+                "need lr > 0, weight_decay >= 0, warmup_steps >= 0, 0 <= final_lr <= 1"
             )
         self.save_hyperparameters()
         self.table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
@@ -289,7 +287,6 @@ class PRMModule(lightning.LightningModule):
             settings.dtype,
             auto=AutoModelForTokenClassification,
             num_labels=2,
-            classifier_dropout=settings.dropout,
             id2label={0: "wrong", 1: "right"},
             label2id={"wrong": 0, "right": 1},
         )
