@@ -59,17 +59,16 @@ class ValuedPath:
 
 @dataclass(frozen=True)
 class PRMBatch:
-    """``tokens_BT`` ids and ``mask_BT`` (1 where there is a token), padded on the right; ``learned_BT`` bool, True at ends with a
-    value to learn, ``values_N`` these values row by row. ``paths`` are the rows."""
+    """``tokens_BT`` ids, padded behind what is learned, where a causal model does not look; ``learned_BT`` bool, True at ends with
+    a value to learn, ``values_N`` these values row by row. ``paths`` are the rows."""
 
     tokens_BT: Tensor
-    mask_BT: Tensor
     learned_BT: Tensor
     values_N: Tensor
     paths: tuple[ValuedPath, ...]
 
     def to(self, device: torch.device | str, **kwargs: Any) -> PRMBatch:
-        names = ("tokens_BT", "mask_BT", "learned_BT", "values_N")
+        names = ("tokens_BT", "learned_BT", "values_N")
         return replace(self, **{name: getattr(self, name).to(device, **kwargs) for name in names})
 
 
@@ -113,15 +112,15 @@ def valued_paths(
 def collate(paths: Sequence[ValuedPath], pad: int) -> PRMBatch:
     width = max(len(path.tokens) for path in paths)
     tokens_BT = torch.full((len(paths), width), pad)
-    mask_BT, learned_BT = torch.zeros_like(tokens_BT), torch.zeros(len(paths), width, dtype=torch.bool)
+    learned_BT = torch.zeros(len(paths), width, dtype=torch.bool)
     values = []
     for b, path in enumerate(paths):
-        tokens_BT[b, : len(path.tokens)], mask_BT[b, : len(path.tokens)] = torch.tensor(path.tokens), 1
+        tokens_BT[b, : len(path.tokens)] = torch.tensor(path.tokens)
         for end, value in zip(path.ends, path.values, strict=True):
             if value is not None:
                 learned_BT[b, end] = True
                 values.append(value)
-    return PRMBatch(tokens_BT, mask_BT, learned_BT, torch.tensor(values), tuple(paths))
+    return PRMBatch(tokens_BT, learned_BT, torch.tensor(values), tuple(paths))
 
 
 class PathBatches:
@@ -297,7 +296,7 @@ class PRMModule(lightning.LightningModule):
 
     def logits(self, batch: PRMBatch) -> Tensor:
         """[B, T, 2], in float32."""
-        return self.model(input_ids=batch.tokens_BT, attention_mask=batch.mask_BT, use_cache=False).logits.float()
+        return self.model(input_ids=batch.tokens_BT, attention_mask=None, use_cache=False).logits.float()
 
     def compute(self, batch: PRMBatch) -> Tensor:
         """Mean cross-entropy in nats against the values, over the ends that are learned. Pure."""
