@@ -11,7 +11,7 @@ from typing import Any
 
 import uvicorn
 
-from rftt_lightning.app.prm import create_app
+from rftt_lightning.app.prm_server import create_app
 
 
 class PRMServer:
@@ -35,7 +35,7 @@ class PRMServer:
         self.socket.bind(("127.0.0.1", port))
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(self._faulty, log_level="critical", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(self._faulty, interface="asgi3", log_level="critical", timeout_graceful_shutdown=1)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
         self.thread.start()
