@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import uvicorn
@@ -59,7 +60,8 @@ class PRMServer:
                 message = await receive()
                 body.extend(message.get("body", b""))
                 if body and not message.get("more_body"):
-                    self.sizes.append(len(json.loads(body)["paths"]))
+                    with suppress(ValueError, TypeError, KeyError):  # bad requests are for the application to refuse
+                        self.sizes.append(len(json.loads(body)["paths"]))
                 return message
 
             body = bytearray()
