@@ -271,7 +271,7 @@ def test_it_learns_which_step_spoils_a_path_and_is_read_back_as_it_was(world, tm
     data = ValueDataModule([world.trees], source=Spoilt(), batch_tokens=512)
     trainer.fit(module, data)
     found = trainer.callback_metrics
-    assert found["val/auc_step"] > 0.95 and found["val/auc_value/next_step"] > 0.8 and found["val/ece"] < 0.15
+    assert found["val/auc_step"] > 0.9 and found["val/auc_value/next_step"] > 0.8 and found["val/ece"] < 0.1
     assert (tmp_path / "calibration.png").stat().st_size > 1000
     assert "val/calibration" in EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload().Tags()["images"]
 
