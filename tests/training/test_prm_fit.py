@@ -130,6 +130,23 @@ def test_each_node_with_enough_visits_is_learned_from_once(least, module):
             assert path.right == rollout.score.verdict.right
 
 
+def test_the_scorer_reads_the_very_ids_that_the_policy_wrote(module):
+    """Where the contents spell no marks, text and back changes nothing."""
+    ids = module.tokenizer.get_vocab()
+    for number in range(10):
+        tree = grow(number)
+        turn = [{"role": "user", "content": tree.problem.question}]
+        prompt = module.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+        for rollout in tree.rollouts():
+            wrote = [
+                i
+                for tag, text in rollout.steps
+                for i in (ids[f"<{tag}>"], *(ids[word] for word in text.split()), ids[f"</{tag}>"])
+            ]
+            written = functional_writer(module.tokenizer, TABLE)(tree.problem.question, rollout.steps)
+            assert written.tokens == (*prompt, *wrote) and written.ends[0] == len(prompt) - 1
+
+
 def test_paths_that_are_too_long_are_dropped(module):
     writer = functional_writer(module.tokenizer, TABLE)
     tree = grow(0)
