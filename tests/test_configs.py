@@ -15,7 +15,7 @@ CONFIGS = sorted(
 )
 WHOLE = [name for name in CONFIGS if Path(name).parent.name in ("tiny", "arithmetic")]
 """Configs of the embedded worlds: no parts, no overlays."""
-FIT = {"sft", "rl"}  # commands with the subcommand fit
+FIT = {"sft", "prm", "rl"}  # commands with the subcommand fit
 
 
 def command_of(name: str) -> list[str]:

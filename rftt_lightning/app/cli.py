@@ -21,6 +21,7 @@ COMMANDS = {
     "curate": ("rftt_lightning.app.curate", "make annotated paths for SFT from trees"),
     "store": ("rftt_lightning.app.store", "list, show, export and merge what search and curate stored"),
     "sft": ("rftt_lightning.app.sft", "fine-tune a model on annotated paths"),
+    "prm": ("rftt_lightning.app.prm", "fit a process reward model on trees, or serve one"),
     "rl": ("rftt_lightning.app.rl", "reinforcement learning by functional-token-guided tree search"),
     "diagnose": ("rftt_lightning.app.diagnose", "what ails an RL run: since when, on what evidence, what to try"),
     "evaluate": ("rftt_lightning.app.evaluate", "accuracy, greedy and with n rollouts, with intervals and costs"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from lightning import Trainer
+from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -19,8 +19,10 @@ from rftt_lightning.training.sft import SFTModule
 class SFTCLI(FitCLI):
     """``out`` is the run's folder: TensorBoard events, config.yaml, checkpoints/ and hf/ go there."""
 
+    OUT: ClassVar[str] = "runs/sft"
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--out", type=str, default="runs/sft", help="folder of the run's results")
+        parser.add_argument("--out", type=str, default=self.OUT, help="folder of the run's results")
         parser.link_arguments("out", "trainer.default_root_dir")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
@@ -37,11 +39,12 @@ class SFTCLI(FitCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def main(args: list[str]) -> int | None:
+def train(cli: type[FitCLI], module: type[LightningModule], data: type[LightningDataModule], args: list[str]) -> int:
+    """Run a command whose subcommands are the Trainer's."""
     try:
-        SFTCLI(
-            SFTModule,
-            TreeDataModule,
+        cli(
+            module,
+            data,
             args=args,
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -54,3 +57,7 @@ def main(args: list[str]) -> int | None:
             raise KeyboardInterrupt from error
         raise
     return 0
+
+
+def main(args: list[str]) -> int | None:
+    return train(SFTCLI, SFTModule, TreeDataModule, args)

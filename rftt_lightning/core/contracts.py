@@ -36,6 +36,10 @@ class UserError(Exception):
     """A mistake of the caller's. Its message is ONE line that says what is wrong and how to mend it; the CLI exits 2."""
 
 
+class Unavailable(UserError):
+    """A service that a run needs does not answer any more. Nothing is wrong with the run, which can go on when it is back."""
+
+
 class Provenance(IntEnum):
     """Who chose a token. Only SAMPLED tokens are on-policy samples; objectives may keep, mask or weight the others."""
 

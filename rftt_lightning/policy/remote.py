@@ -34,6 +34,7 @@ from rftt_lightning.core.contracts import (
     Request,
     Sampling,
     Segment,
+    Unavailable,
     Usage,
     UserError,
     collect,
@@ -103,7 +104,7 @@ DIALECTS = {
 }
 
 
-class _Failure(Exception):
+class Failure(Exception):
     """A call that may succeed when it is tried again: what it counts as, and the seconds that the server asks to wait."""
 
     def __init__(self, name: str, reason: str, after: float = 0.0) -> None:
@@ -115,19 +116,32 @@ class _Halted(Exception):
     """The stream was closed; nobody waits for the answer."""
 
 
-class _Server:
+class Server:
     """An address that is asked until it answers. A failed call is counted by its name and tried again: after an exponential
-    wait with jitter, or the server's own Retry-After, for ``patience`` seconds from its first failure."""
+    wait with jitter, or the server's own Retry-After, for ``patience`` seconds from its first failure. ``option`` is what holds
+    url and timeout in the config."""
 
-    def __init__(self, url: str, key: str, concurrency: int, timeout: float, patience: float, usage: Usage) -> None:
+    def __init__(
+        self,
+        url: str,
+        key: str,
+        concurrency: int,
+        timeout: float,
+        patience: float,
+        usage: Usage,
+        option: str = "backend",
+    ) -> None:
+        for name, value in (("timeout", timeout), ("patience", patience)):
+            if not 0 < value < math.inf:
+                raise UserError(f"{option}.{name} is {value}; it must be a number of seconds above 0")
         try:
             parts = httpx2.URL(url)
         except httpx2.InvalidURL:
             parts = httpx2.URL("")
         if parts.scheme not in ("http", "https") or not parts.host:
-            raise UserError(f"backend.url is {url!r}; give one like http://localhost:8000")
+            raise UserError(f"{option}.url is {url!r}; give one like http://localhost:8000")
         self.url, self.patience, self.usage = url.rstrip("/").removesuffix("/v1"), patience, usage
-        self.reloaded = False
+        self.reloaded, self.option = False, option
         self.lock = threading.Lock()
         self._client = httpx2.Client(
             base_url=self.url,
@@ -137,16 +151,17 @@ class _Server:
         )
 
     def call(self, path: str, body: object, read: Callable[[Any], T], halt: threading.Event) -> T:
-        """GET (``body`` None) or POST JSON, and what ``read`` makes of the JSON that comes back; it raises :class:`_Failure` if
-        that is nonsense. :class:`UserError` when patience is out, and at once if the server refuses the request."""
-        failures: list[_Failure] = []
+        """GET (``body`` None) or POST JSON, and what ``read`` makes of the JSON that comes back; it raises :class:`Failure` if
+        that is nonsense. :class:`Unavailable` when patience is out, :class:`UserError` at once if the server refuses the
+        request."""
+        failures: list[Failure] = []
 
         def attempt() -> T:
             if halt.is_set():
                 raise _Halted
             try:
                 return read(self._once(path, body))
-            except _Failure as failure:
+            except Failure as failure:
                 failures.append(failure)
                 with self.lock:
                     self.usage.failures[failure.name] += 1
@@ -164,12 +179,12 @@ class _Server:
             return min(max(WAIT(state), failures[-1].after), left())
 
         retrying = Retrying(
-            retry=retry_if_exception_type(_Failure), stop=stop, wait=wait, sleep=sleep_using_event(halt), reraise=True
+            retry=retry_if_exception_type(Failure), stop=stop, wait=wait, sleep=sleep_using_event(halt), reraise=True
         )
         try:
             return retrying(attempt)
-        except _Failure as failure:
-            raise UserError(
+        except Failure as failure:
+            raise Unavailable(
                 f"{self.url}{path} failed {len(failures)} times, last with {failure.name}: {failure}; what is finished is kept: "
                 "mend or start the server, and run again"
             ) from failure
@@ -180,25 +195,25 @@ class _Server:
         try:
             reply = self._client.request("GET" if body is None else "POST", path, json=body)
         except httpx2.TimeoutException as error:
-            raise _Failure("timeout", f"no answer within backend.timeout ({type(error).__name__})") from error
+            raise Failure("timeout", f"no answer within {self.option}.timeout ({type(error).__name__})") from error
         except httpx2.ConnectError as error:
             if self.reloaded:
                 raise UserError(
                     f"{self.url} went away after its weights were replaced, so nobody knows which it serves when it is back; "
                     "start it and run again"
                 ) from error
-            raise _Failure("connection", str(error)) from error
+            raise Failure("connection", str(error)) from error
         except httpx2.RequestError as error:
-            raise _Failure("connection", f"{type(error).__name__}: {error}") from error
+            raise Failure("connection", f"{type(error).__name__}: {error}") from error
         if reply.status_code == 429 or reply.status_code >= 500:
-            raise _Failure(f"http_{reply.status_code}", reply.text, _seconds(reply.headers.get("Retry-After", "")))
+            raise Failure(f"http_{reply.status_code}", reply.text, _seconds(reply.headers.get("Retry-After", "")))
         if reply.status_code != 200:
             words = " ".join(reply.text.split())[:300]
             raise UserError(f"{self.url}{path} refuses the request ({reply.status_code}): {words or 'no reason given'}")
         try:
             return reply.json() if reply.content else None
         except ValueError as error:
-            raise _Failure("malformed", f"no JSON: {reply.text[:100]}") from error
+            raise Failure("malformed", f"no JSON: {reply.text[:100]}") from error
 
 
 def _seconds(retry_after: str) -> float:
@@ -215,7 +230,7 @@ def _cards(data: Any) -> list[Mapping[str, Any]]:
     """The models that a server lists."""
     cards = data.get("data") if isinstance(data, Mapping) else None
     if not isinstance(cards, list) or not all(isinstance(card, Mapping) for card in cards):
-        raise _Failure("malformed", f"/v1/models lists no models: {str(data)[:100]}")
+        raise Failure("malformed", f"/v1/models lists no models: {str(data)[:100]}")
     return cards
 
 
@@ -292,9 +307,6 @@ class RemoteBackend(TokenizedBackend):
     ) -> None:
         if dialect not in ("auto", *DIALECTS):
             raise UserError(f"backend.dialect is {dialect!r}; use one of auto, {', '.join(DIALECTS)}")
-        for name, value in (("timeout", timeout), ("patience", patience)):
-            if not 0 < value < math.inf:
-                raise UserError(f"backend.{name} is {value}; it must be a number of seconds above 0")
         table = read_table(tokens, mask)
         read, width, ends, limit = _read_tokenizer(tokenizer)
         self._bind(read, table, width, ends, limit, concurrency)
@@ -302,7 +314,7 @@ class RemoteBackend(TokenizedBackend):
         self.dialect = DIALECTS["vllm" if self.auto else dialect]
         self.reload_path, self.reload_body = reload_path, reload_body or {"model_path": "{folder}"}
         self.name = f"{model} (served)"  # not the address: a run may go on at another
-        self._server = _Server(url, os.environ.get(api_key_env, ""), concurrency, timeout, patience, self.usage)
+        self._server = Server(url, os.environ.get(api_key_env, ""), concurrency, timeout, patience, self.usage)
         self._met, self._flying = False, 0
         self._bias = lru_cache(maxsize=None)(self._forbidden)
         self._name_pieces()
@@ -611,9 +623,9 @@ class RemoteBackend(TokenizedBackend):
             reply = self._read(data, room)
             for token in reply.ids:
                 if (str(token) in bias) == inside:  # inside, the bias names what is forbidden, else what is allowed
-                    raise _Failure("malformed", f"it wrote token {token}, which logit_bias forbids")
+                    raise Failure("malformed", f"it wrote token {token}, which logit_bias forbids")
             if not reply.ids and not (allowed == 0 and reply.stopped):
-                raise _Failure("malformed", "it wrote no token")
+                raise Failure("malformed", "it wrote no token")
             return reply
 
         reply = self._server.call("/v1/completions", body, read, work.halt)
@@ -637,7 +649,7 @@ class RemoteBackend(TokenizedBackend):
         return text
 
     def _read(self, data: Any, room: int) -> _Reply:
-        """A completion's JSON, every number of it checked. Raises :class:`_Failure` if any is not what it must be."""
+        """A completion's JSON, every number of it checked. Raises :class:`Failure` if any is not what it must be."""
         try:
             (choice,) = data["choices"]
             scores, reason = choice["logprobs"], choice["finish_reason"]
@@ -659,7 +671,7 @@ class RemoteBackend(TokenizedBackend):
             if not all(-math.inf < x <= 1e-3 for x in (*logprobs, *(x for top in tops for x in top.values()))):
                 raise ValueError("log-probs that are none")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise _Failure("malformed", f"{type(error).__name__}: {error}") from error
+            raise Failure("malformed", f"{type(error).__name__}: {error}") from error
         return _Reply(tuple(ids), tuple(min(x, 0.0) for x in logprobs), tuple(tops), reason == "stop", cached)
 
     def _id(self, piece: str) -> int:
@@ -675,7 +687,7 @@ class RemoteBackend(TokenizedBackend):
 def _tokens(data: Any) -> list[int]:
     tokens = data.get("tokens") if isinstance(data, Mapping) else None
     if not isinstance(tokens, list):
-        raise _Failure("malformed", f"no tokens: {str(data)[:100]}")
+        raise Failure("malformed", f"no tokens: {str(data)[:100]}")
     return tokens
 
 

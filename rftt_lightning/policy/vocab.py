@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -33,11 +34,18 @@ RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>|<unused_?\d+>|<\|dummy_
 
 
 def load(
-    path: str, dtype: str = "auto", attention: str = "sdpa", device: str | torch.device = "cpu"
+    path: str,
+    dtype: str = "auto",
+    attention: str = "sdpa",
+    device: str | torch.device = "cpu",
+    auto: Any = AutoModelForCausalLM,
+    whole: bool = False,
+    **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer from a folder, a ``pkg:`` path or the hub; ``dtype`` is one of :data:`DTYPES`. Raises
-    :class:`UserError` if either cannot be read, if the tokenizer has ids that the model has no rows for, or if this machine
-    lacks the device."""
+    """Model and tokenizer from a folder, a ``pkg:`` path or the hub; ``dtype`` is one of :data:`DTYPES`. ``auto`` is the class of
+    Transformers that makes the model, ``options`` go to it. Raises :class:`UserError` if either cannot be read, if the
+    tokenizer has ids that the model has no rows for, if this machine lacks the device, or, where ``whole``, if the folder lacks
+    weights of the model, which would begin random."""
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
     try:
@@ -51,10 +59,16 @@ def load(
         raise UserError(f"no model at {where}: it has no config.json; give a Hugging Face folder or a hub name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=attention)
+        model, found = auto.from_pretrained(
+            where, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load a model from {path!r}: {reason}") from error
+    if whole and found["missing_keys"]:
+        raise UserError(
+            f"{path} has no weights {min(found['missing_keys'])}, so it is no trained {type(model).__name__}"
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:

@@ -19,7 +19,16 @@ from lightning.fabric.loggers import TensorBoardLogger
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from rftt_lightning.core.contracts import Problem, ProblemSource, Provenance, Reward, Rollout, Status, UserError
+from rftt_lightning.core.contracts import (
+    Problem,
+    ProblemSource,
+    Provenance,
+    Reward,
+    Rollout,
+    Status,
+    Unavailable,
+    UserError,
+)
 from rftt_lightning.core.tree import Tree
 from rftt_lightning.policy import objectives
 from rftt_lightning.policy.hf import HFBackend, fingerprint
@@ -216,7 +225,11 @@ class RLTrainer:
             task = bar.add_task("rl", total=self.max_steps, completed=first, rates="")
             for step in range(first, self.max_steps):
                 backend.version = step
-                metrics, times, trees = self._step(step, module, model, optimizer, backend, data)
+                try:
+                    metrics, times, trees = self._step(step, module, model, optimizer, backend, data)
+                except Unavailable:  # nothing of this step is learned yet
+                    self._save(step, model, optimizer, settings)
+                    raise
                 if self.greedy and ((step + 1) % self.validate_every == 0 or step + 1 == self.max_steps):
                     values, answers = self._validate(backend, data)
                     metrics |= values

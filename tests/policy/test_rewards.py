@@ -7,7 +7,17 @@ import torch
 
 from rftt_lightning.core.contracts import Problem, ProblemSource, Rollout, Segment, Status, Step, UserError, Verdict
 from rftt_lightning.policy.objectives import returns_to_go
-from rftt_lightning.policy.rewards import Blend, Confidence, OutcomeReward, ProcessReward
+from rftt_lightning.policy.rewards import (
+    Blend,
+    Confidence,
+    FormatReward,
+    LengthReward,
+    NoisyReward,
+    OutcomeReward,
+    ProcessReward,
+    RandomReward,
+    StepScorer,
+)
 
 PROBLEM = Problem("p", "how many?", answer="3")
 
@@ -129,3 +139,153 @@ def test_steps_reach_the_checker_as_they_are():
 
     ProcessReward().score(Spy(), [GOOD])
     assert seen == [Step("next_step", "1"), Step("verify", "1"), Step("output", "3")]
+
+
+# -- step scorers ----------------------------------------------------------------------------------------------------------
+
+
+class Told(StepScorer):
+    """Scores 0.2, 0.4, … in the order of the steps, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Problem, tuple[Step, ...]]] = []
+
+    def score(self, source, paths):
+        self.asked += paths
+        return [tuple((i + 1) / 5 for i in range(len(steps))) for _, steps in paths]
+
+
+def test_scores_come_from_the_scorer_and_of_the_tags_that_are_named():
+    scorer = Told()
+    reward = ProcessReward(scorer=scorer, center=0.0, tags=["next_step", "output"])
+    (score,) = reward.score(Source(), [BAD])
+    assert scorer.asked == [(PROBLEM, BAD.steps)]
+    assert score.steps == (0.2, 0.4, None, 0.8) and score.rewards == (0.2, 0.4, 0.0, 0.8)
+    (everything,) = ProcessReward(scorer=scorer, center=0.0).score(Source(), [BAD])
+    assert everything.steps == pytest.approx((0.2, 0.4, 0.6, 0.8))
+    with pytest.raises(UserError, match=r"reward\.tags names 'step'"):
+        ProcessReward(tags=["step"])
+
+
+def test_the_released_preset():
+    """Each segment is paid its score, the last one 0.6 * correct + 0.4 * score."""
+    process = ProcessReward(scorer=Told(), center=0.0, weight=1.0, last_weight=0.4)
+    blend = Blend(OutcomeReward(right=1.0, wrong=0.0), process, outcome_weight=0.6, process_weight=1.0)
+    right, wrong = blend.score(Source(), [GOOD, BAD])
+    assert right.rewards == pytest.approx((0.2, 0.4, 0.6 + 0.4 * 0.6))
+    assert wrong.rewards == pytest.approx((0.2, 0.4, 0.6, 0.4 * 0.8))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("mean", 0.4), ("min", 0.2), ("last", 0.6), ("product", 0.2 * 0.4 * 0.6), ("outcome", 1.0)]
+)
+def test_search_may_follow_step_scores(value, expected):
+    reward = ProcessReward(scorer=Told(), value=value)
+    good, broken = reward.score(Source(), [GOOD, BROKEN])
+    assert good.value == pytest.approx(expected) and broken.value == 0.0
+    assert reward.uses_gold == (value == "outcome")
+    assert ProcessReward(value=value).uses_gold  # the exact checker knows the truth
+    with pytest.raises(UserError, match=r"reward\.value is 'max'"):
+        ProcessReward(value="max")
+
+
+def test_a_blend_of_many_asks_once_and_adds_up():
+    source = Source()
+    others = [LengthReward(longest=4, buffer=2, weight=0.5), FormatReward(0.25)]
+    blend = Blend(OutcomeReward(), ProcessReward(center=0.0), 1.0, 0.5, others)
+    paths = [GOOD, BAD, BROKEN]
+    found = blend.score(source, paths)
+    assert source.asked == 2  # BROKEN has no answer
+    terms = [reward.score(Source(), paths) for reward in (OutcomeReward(), ProcessReward(center=0.0), *others)]
+    for i, score in enumerate(found):
+        rows = [term[i].rewards for term in terms]
+        expected = [a + 0.5 * b + c + d for a, b, c, d in zip(*rows, strict=True)]
+        assert score.rewards == pytest.approx(expected) and score.steps == terms[1][i].steps
+
+
+# -- length, format ----------------------------------------------------------------------------------------------------------
+
+
+def test_overlong_paths_are_punished_as_in_dapo():
+    def dapo(length: int, longest: int, cache: int) -> float:
+        if length <= longest - cache:
+            return 0.0
+        return ((longest - cache) - length) / cache if length <= longest else -1.0
+
+    for steps in range(1, 9):
+        path = rollout(*[("next_step", "1")] * steps)
+        (score,) = LengthReward(longest=12, buffer=5, weight=0.5).score(Source(), [path])
+        assert score.rewards == pytest.approx([0.0] * (steps - 1) + [0.5 * dapo(2 * steps, 12, 5)])
+    for longest, buffer in ((0, 0), (4, 5), (4, 0)):
+        with pytest.raises(UserError, match="0 < buffer <= longest"):
+            LengthReward(longest, buffer)
+
+
+def test_form_is_paid_whatever_the_answer():
+    def paid(*paths: Rollout) -> list[tuple[float, ...]]:
+        return [score.rewards for score in FormatReward(1.0, malformed=-0.5).score(Source(), paths)]
+
+    illegal = rollout(("verify", "1"), ("output", "3"))
+    empty = rollout(("next_step", " "), ("output", "3"))
+    nested = rollout(("next_step", "1 <verify>"), ("output", "3"))
+    open_ = replace(GOOD, segments=(replace(GOOD.segments[0], closed=False), *GOOD.segments[1:]))
+    wrong = rollout(("next_step", "1"), ("output", "4"))
+    assert paid(GOOD, wrong, BROKEN, illegal) == [(0, 0, 1), (0, 1), (0, 0), (0, 0)]
+    assert paid(empty, nested, open_) == [(-0.5, 0), (-0.5, 0), (-0.5, 0, 0)]
+    assert [s.value for s in FormatReward().score(Source(), [GOOD, wrong, illegal])] == [1, 1, 0]
+
+
+# -- controls ----------------------------------------------------------------------------------------------------------------
+
+
+def many(count: int) -> list[Rollout]:
+    return [
+        replace(rollout(("next_step", str(i % 10)), ("output", "34"[i % 2])), problem=replace(PROBLEM, id=str(i)))
+        for i in range(count)
+    ]
+
+
+def test_a_random_reward_hangs_on_the_content_alone():
+    paths = many(1000)
+    paid = [s.rewards[-1] for s in RandomReward(p=0.3).score(Source(), paths)]
+    moved = [
+        replace(p, segments=tuple(replace(s, version=7, logprobs=(-9.0, -9.0)) for s in p.segments)) for p in paths
+    ]
+    assert paid == [s.rewards[-1] for s in reversed(RandomReward(p=0.3).score(Source(), moved[::-1]))]
+    assert paid != [s.rewards[-1] for s in RandomReward(p=0.3, seed=1).score(Source(), paths)]
+    assert set(paid) == {0.0, 1.0} and 250 < sum(paid) < 350
+    scores = RandomReward(p=0.3).score(Source(), paths)
+    assert [s.value for s in scores] == paid and all(s.rewards[:-1] == (0.0,) for s in scores)
+    assert 0.2 < sum(s.rewards[-1] for s in scores if s.verdict.right) / 500 < 0.4  # right answers are not paid more
+    for p in (-0.1, 1.1):
+        with pytest.raises(UserError, match=r"reward\.p is"):
+            RandomReward(p)
+
+
+def test_a_noisy_reward_flips_its_share_and_keeps_the_verdict():
+    paths = many(1000)
+    clean = OutcomeReward().score(Source(), paths)
+    noisy = NoisyReward(OutcomeReward(), p=0.25).score(Source(), paths)
+    assert [s.verdict for s in noisy] == [s.verdict for s in clean]
+    flipped = [a.rewards != b.rewards for a, b in zip(noisy, clean, strict=True)]
+    assert 200 < sum(flipped) < 300
+    for a, b, other in zip(noisy, clean, flipped, strict=True):
+        assert a.value == (1 - b.value if other else b.value)
+    assert noisy == NoisyReward(OutcomeReward(), p=0.25).score(Source(), paths[::-1])[::-1]
+    assert NoisyReward(OutcomeReward(), p=0.0).score(Source(), paths) == clean
+    whole = NoisyReward(OutcomeReward(), p=1.0).score(Source(), [GOOD, BAD, BROKEN])
+    assert [s.rewards[-1] for s in whole] == [0.1, 1.0, 0.0]  # no answer stays none
+    assert [s.verdict.status for s in whole] == [Status.RIGHT, Status.WRONG, Status.NO_ANSWER]
+
+
+def test_controls_say_whether_they_see_the_gold_answer():
+    class Other(Source):
+        def judge(self, problem, response):
+            return Verdict(Status.WRONG)
+
+    for reward in (RandomReward(), FormatReward(), ProcessReward(scorer=Told(), value="min")):
+        assert not reward.uses_gold
+        here, there = (reward.score(source, [GOOD, BAD]) for source in (Source(), Other()))
+        assert [(s.value, s.rewards) for s in here] == [(s.value, s.rewards) for s in there]
+    assert LengthReward(4, 2).uses_gold and NoisyReward(OutcomeReward()).uses_gold
+    assert not NoisyReward(FormatReward()).uses_gold
