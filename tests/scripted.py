@@ -9,7 +9,7 @@ import hashlib
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rftt_lightning.core.contracts import (
     QUESTION,
@@ -237,6 +237,15 @@ class LateReward(Reward):
         pay = (*(0.0 for _ in rollout.segments[1:]), uniform("pay", path))
         status = Status.WRONG if uniform("wrong", path) < self.wrong else Status.RIGHT
         return Score(Verdict(Status.TIMED_OUT if late else status), 0.5, pay)
+
+
+class ComparedReward(LateReward):
+    """The pay of :class:`LateReward` less the mean of all that are scored together."""
+
+    def score(self, source: ProblemSource, rollouts: Sequence[Rollout]) -> list[Score]:
+        scores = super().score(source, rollouts)
+        mean = sum(sum(score.rewards) for score in scores) / len(scores)
+        return [replace(score, rewards=(*score.rewards[:-1], score.rewards[-1] - mean)) for score in scores]
 
 
 def table_of(grammar: Mapping[str, Sequence[str]], prompted: Mapping[str, Sequence[str]] | None = None) -> TokenTable:

@@ -334,7 +334,10 @@ class Reward(ABC):
 
     @abstractmethod
     def score(self, source: ProblemSource, rollouts: Sequence[Rollout]) -> list[Score]:
-        """One score per rollout, in order; all verdicts asked of ``source`` in one batch."""
+        """One score per rollout, in order; all verdicts asked of ``source`` in one batch.
+
+        Rewards may hang on all rollouts that are scored together. Search asks for some at a time; training asks again for all of a
+        step. A rollout that has a score keeps its verdict, value and steps, and gets new rewards."""
 
 
 class Backend(ABC):

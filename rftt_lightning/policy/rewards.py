@@ -149,8 +149,7 @@ class ProcessReward(Reward):
         return self.value == "outcome" or self.scorer.uses_gold
 
     def score(self, source: ProblemSource, rollouts: Sequence[Rollout]) -> list[Score]:
-        scored = self.scorer.score(source, [(rollout.problem, rollout.steps) for rollout in rollouts])
-        checked = [self._of_tags(rollout, steps) for rollout, steps in zip(rollouts, scored, strict=True)]
+        checked = self._steps(source, rollouts)
         numbered = [turns(rollout) for rollout in rollouts]
         centers = self._centers(numbered, checked)
         scores = []
@@ -164,9 +163,15 @@ class ProcessReward(Reward):
             scores.append(Score(verdict, self._value(rollout, verdict, steps), tuple(rewards), steps))
         return scores
 
-    def _of_tags(self, rollout: Rollout, steps: Sequence[float | None]) -> tuple[float | None, ...]:
-        pairs = zip(rollout.segments, steps, strict=True)
-        return tuple(s if self.tags is None or segment.tag in self.tags else None for segment, s in pairs)
+    def _steps(self, source: ProblemSource, rollouts: Sequence[Rollout]) -> list[tuple[float | None, ...]]:
+        """Step scores of the tags that are paid; the scorer is asked for those that are not known."""
+        known = [rollout.score.steps if rollout.score else () for rollout in rollouts]
+        asked = [i for i, rollout in enumerate(rollouts) if len(known[i]) != len(rollout.segments)]
+        given = self.scorer.score(source, [(rollouts[i].problem, rollouts[i].steps) for i in asked])
+        for i, steps in zip(asked, given, strict=True):
+            pairs = zip(rollouts[i].segments, steps, strict=True)
+            known[i] = tuple(s if self.tags is None or segment.tag in self.tags else None for segment, s in pairs)
+        return known
 
     def _value(self, rollout: Rollout, verdict: Verdict, steps: Sequence[float | None]) -> float:
         if self.value == "outcome":
@@ -212,7 +217,11 @@ class Blend(Reward):
 
     def score(self, source: ProblemSource, rollouts: Sequence[Rollout]) -> list[Score]:
         source = _Judged(source)
-        terms = [term.score(source, rollouts) for term in (self.outcome, self.process, *self.others)]
+        bare = [
+            replace(r, score=replace(r.score, steps=())) if r.score else r for r in rollouts
+        ]  # steps are the process's
+        terms = [term.score(source, rollouts) for term in (self.outcome, self.process)]
+        terms += [term.score(source, bare) for term in self.others]
         return [self._sum(*scores) for scores in zip(*terms, strict=True)]
 
     @property
@@ -316,7 +325,10 @@ class NoisyReward(Reward):
     def score(self, source: ProblemSource, rollouts: Sequence[Rollout]) -> list[Score]:
         once = _Judged(source)
         truth = judge(once, rollouts, self.table)
-        scores = self.reward.score(_Judged(once, self._flip), rollouts)
+        unscored = [
+            replace(rollout, score=None) for rollout in rollouts
+        ]  # the other reward is to hear of no true verdict
+        scores = self.reward.score(_Judged(once, self._flip), unscored)
         return [replace(score, verdict=verdict) for score, verdict in zip(scores, truth, strict=True)]
 
     def _flip(self, problem: Problem, response: str, verdict: Verdict) -> Verdict:
@@ -368,10 +380,11 @@ def _on_last(rollout: Rollout, reward: float) -> tuple[float, ...]:
 
 
 def judge(source: ProblemSource, rollouts: Sequence[Rollout], table: TokenTable) -> list[Verdict]:
-    """Verdicts of all paths in one batch; an incomplete path has no answer and is not asked about."""
-    asked = [i for i, rollout in enumerate(rollouts) if rollout.complete]
+    """Verdicts of all paths, those that are not known in one batch; an incomplete path has no answer and is not asked about."""
+    asked = [i for i, rollout in enumerate(rollouts) if rollout.complete and not rollout.score]
     given = source.judge_many([(rollouts[i].problem, table.render(rollouts[i].steps)) for i in asked])
-    verdicts = [Verdict(Status.NO_ANSWER, rule="path is incomplete")] * len(rollouts)
+    none = Verdict(Status.NO_ANSWER, rule="path is incomplete")
+    verdicts = [rollout.score.verdict if rollout.score else none for rollout in rollouts]
     for i, verdict in zip(asked, given, strict=True):
         verdicts[i] = verdict
     return verdicts

@@ -318,6 +318,7 @@ class RLTrainer:
             model.reset_reference()
         progress = driver.Progress()
         trees = self._roll_out(step, model, backend, data, progress)
+        self._settle(trees, data.train)
         clock.append(time.monotonic())
         torch.manual_seed(seed_of(self.seed, step, "step"))  # here: the step is the same if its trees were read
         groups = [self._judged(tree) for tree in trees]
@@ -336,6 +337,14 @@ class RLTrainer:
             self._show("tree", trees[0].rollouts()[:3], step)
         metrics |= self._measure(trees, data.train, sum(map(len, groups)), len(kept), batch)
         return metrics, _times(clock, progress), trees
+
+    def _settle(self, trees: Sequence[Tree], source: ProblemSource) -> None:
+        """Rewards that hang on what is scored together (a mean that is taken off, say) are those of this rank's whole step, not of
+        what happened to end at the same time."""
+        rollouts = [tree.rollouts() for tree in trees]
+        scores = iter(self.reward.score(source, [rollout for found in rollouts for rollout in found]))
+        for tree, found in zip(trees, rollouts, strict=True):
+            tree.leaves = [(leaf, next(scores)) for (leaf, _), _ in zip(tree.leaves, found, strict=False)]
 
     def _judged(self, tree: Tree) -> list[Rollout]:
         """The rollouts of a problem, without those whose verdicts timed out if they are dropped."""

@@ -289,3 +289,50 @@ def test_controls_say_whether_they_see_the_gold_answer():
         assert [(s.value, s.rewards) for s in here] == [(s.value, s.rewards) for s in there]
     assert LengthReward(4, 2).uses_gold and NoisyReward(OutcomeReward()).uses_gold
     assert not NoisyReward(FormatReward()).uses_gold
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        OutcomeReward(),
+        ProcessReward(),
+        ProcessReward(credit="segment", tags=["next_step", "output"], value="mean"),
+        Blend(OutcomeReward(), ProcessReward(), 1.0, 0.5, others=[ProcessReward(tags=["verify"]), FormatReward()]),
+        NoisyReward(ProcessReward(), p=0.5),
+        RandomReward(),
+        LengthReward(longest=6, buffer=4),
+    ],
+    ids=lambda reward: type(reward).__name__,
+)
+def test_scored_in_pieces_and_then_together_is_scored_together(reward):
+    """Search hands over rollouts as they end; a mean that is taken off must be that of all of them in the end."""
+    paths = [
+        GOOD,
+        BAD,
+        SILENT,
+        BROKEN,
+        rollout(("next_step", "0"), ("verify", "0.5"), ("verify", "0"), ("output", "3")),
+    ]
+    together = reward.score(Source(), paths)
+    pieces = [reward.score(Source(), [path])[0] for path in paths]
+    source = Source()
+    again = reward.score(source, [replace(path, score=score) for path, score in zip(paths, pieces, strict=True)])
+    assert again == together
+    assert source.asked == 0 or isinstance(reward, NoisyReward)  # whose reward is to hear of no true verdict
+    if isinstance(reward, (ProcessReward, Blend)):
+        assert again != pieces
+
+
+def test_a_scorer_is_not_asked_twice_for_the_same_rollout():
+    class Once(StepScorer):
+        asked = 0
+
+        def score(self, source, paths):
+            self.asked += len(paths)
+            return [tuple(0.5 for _ in steps) for _, steps in paths]
+
+    scorer = Once()
+    reward = ProcessReward(scorer=scorer)
+    (score,) = reward.score(Source(), [GOOD])
+    reward.score(Source(), [replace(GOOD, score=score), BAD])
+    assert scorer.asked == 2

@@ -39,6 +39,16 @@ def outcomes(out: Path, step: int = 0) -> list[set[bool]]:
     return [{score.verdict.status is Status.RIGHT for _, score in tree.leaves} for tree in trees]
 
 
+def test_what_is_compared_with_others_is_compared_with_all_of_the_step(tmp_path):
+    """However many rollouts end at the same time: rewards less their mean add up to 0, and the machine's settings move nothing."""
+    compared = f"--trainer.reward={json.dumps({'class_path': 'scripted.ComparedReward', 'init_args': {}})}"
+    for name, rows in (("narrow", 2), ("wide", 64)):
+        assert fit(tmp_path / name, compared, *ONE, f"--trainer.decode_batch={rows}") == 0
+    (narrow,), (wide,) = (metrics(tmp_path / name) for name in ("narrow", "wide"))
+    assert narrow["reward"] == pytest.approx(0.0, abs=1e-6) == wide["reward"]
+    assert narrow["grad_norm"] == pytest.approx(wide["grad_norm"], rel=1e-3) and wide["grad_norm"] > 1e-3
+
+
 # -- dead groups ---------------------------------------------------------------------------------------------------------
 
 
