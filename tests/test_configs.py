@@ -11,7 +11,10 @@ from rftt_lightning.core.contracts import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(
-    str(path.relative_to(ROOT)) for top in ("configs", "experiments") for path in (ROOT / top).rglob("*.yaml")
+    str(path.relative_to(ROOT))
+    for top in ("configs", "experiments")
+    for path in (ROOT / top).rglob("*.yaml")
+    if not path.stem.startswith("tokens_")  # tables
 )
 WHOLE = [name for name in CONFIGS if Path(name).parent.name in ("tiny", "arithmetic")]
 """Configs of the embedded worlds: no parts, no overlays."""
@@ -33,6 +36,8 @@ def before(name: str) -> list[str]:
         return ["sft", "fit", "--config", str(ROOT / "configs/tiny/sft.yaml"), "--config"]
     if folder == "engine":
         return ["search", "--config", str(ROOT / "configs/qwen2.5-7b/search.yaml"), "--config"]
+    if folder == "claims" and command_of(name)[0] == "rl":
+        return ["rl", "fit", "--config", str(ROOT / "configs/tiny/rl.yaml"), "--config"]
     if folder == "gsm8k-smoke":
         return [*command_of(name), "--config", str(ROOT / "configs/qwen2.5-7b" / Path(name).name), "--config"]
     return [*command_of(name), "--config"]

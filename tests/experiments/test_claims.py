@@ -1,0 +1,146 @@
+"""The claims' arms run, and their table says what the answers say."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rftt_lightning.app.cli import main
+from rftt_lightning.core.contracts import Problem, Rollout, Score, Segment, Status, Verdict
+from rftt_lightning.core.tree import Plan, Tree
+from rftt_lightning.search.store import Store
+from rftt_lightning.tiny.countdown import Countdown
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"experiments/claims/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+table = load("table")
+
+
+def answers(*shares, problems=200, seed=0):
+    """Right answers [seeds, problems], so large a share of them in each seed."""
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.permutation(np.arange(problems) < share * problems) for share in shares])
+
+
+@pytest.mark.parametrize(
+    "first, second, helps, verdict",
+    [
+        ((0.6, 0.62, 0.58), (0.3, 0.3, 0.3), True, "supports"),
+        ((0.3, 0.3, 0.3), (0.6, 0.62, 0.58), True, "contradicts"),
+        ((0.5, 0.52, 0.48), (0.5, 0.5, 0.5), True, "no difference seen"),
+        ((0.9, 0.9, 0.4), (0.5, 0.5, 0.5), True, "no difference seen"),  # the seeds do not agree
+        ((0.5, 0.52, 0.48), (0.5, 0.5, 0.5), False, "supports"),
+        ((0.2, 0.2, 0.2), (0.5, 0.5, 0.5), False, "supports"),  # a control may do harm
+        ((0.8, 0.8, 0.8), (0.5, 0.5, 0.5), False, "contradicts"),
+    ],
+)
+def test_a_verdict_needs_an_interval_and_seeds_that_agree(first, second, helps, verdict):
+    found = table.difference(answers(*first), answers(*second, seed=1), draws=500)
+    assert found.verdict(helps) == verdict
+    assert found.mean == pytest.approx(np.mean(first) - np.mean(second))
+    assert found.seeds == pytest.approx(np.subtract(first, second))
+    assert found.low <= found.mean <= found.high
+
+
+def test_the_interval_is_that_of_problems_and_seeds():
+    """Wider than over problems alone where seeds differ; pairs of equal answers leave no doubt."""
+    one = answers(0.5, 0.5, 0.5)
+    assert table.difference(one, one, draws=100)[:3] == (0, 0, 0)
+    calm = table.difference(answers(0.6, 0.6, 0.6), one, draws=2000)
+    torn = table.difference(answers(0.4, 0.6, 0.8), one, draws=2000)
+    assert torn.high - torn.low > 1.5 * (calm.high - calm.low)
+    pairs = np.sqrt(np.var(answers(0.6, 0.6, 0.6) * 1.0 - one, axis=1).mean() / 200 / 3)  # of independent seeds
+    assert calm.high - calm.low == pytest.approx(2 * 1.96 * pairs, rel=0.35)
+
+
+def answer(problem: Problem, *steps: tuple[str, str], right: bool, closed: bool = True) -> Tree:
+    """A tree with one path."""
+    tree, node = Tree(problem, (1,)), 0
+    for i, (tag, text) in enumerate(steps):
+        (node,) = tree.plan(node, [Plan(tag, 1.0)])
+        whole = closed or i < len(steps) - 1
+        tree.fill(node, Segment(tag, (2, 3), (-1.0, -1.0), (0, 0), text, whole))
+    tree.end(node, complete=closed)
+    verdict = Verdict(Status.RIGHT if right else Status.WRONG)
+    tree.hold(node, 0)
+    tree.backup(node, Score(verdict, float(right), (0.0,) * len(steps)))
+    return tree
+
+
+PROBLEM = Problem("countdown/3-7-12=9", "3 7 12 target 9", "9", data={"numbers": [3, 7, 12], "target": 9})
+WRONG, RIGHT = ("direct_answer", "3 + 7 = 10 , 12 - 10 = 2"), ("refine", "3 * 7 = 21 , 21 - 12 = 9")
+MENDED = answer(
+    PROBLEM,
+    WRONG,
+    ("verify", "2 , 9 ; wrong"),
+    RIGHT,
+    ("verify", "8 , 9 ; wrong"),
+    ("output", "3 * 7 = 21 , 21 - 12 = 9"),
+    right=True,
+)
+CUT = answer(PROBLEM, WRONG, ("verify", "2 , 9 ; wrong"), ("refine", "3 +"), right=False, closed=False)
+
+
+def test_the_mechanism_counts_what_a_loop_counts():
+    rollouts: list[Rollout] = [MENDED.rollouts()[0], CUT.rollouts()[0]]
+    found = table.mechanism(rollouts, Countdown())
+    assert found == {
+        "tokens": 8.0,
+        "unfinished": 0.5,
+        "malformed": 1 / 8,
+        "verify": 1.5,
+        "refine": 1.0,
+        "first attempt": 0.0,
+        "mended": 0.5,
+        "spoilt": 0.0,
+        "direct_answer right": 1.0,
+        "verify right": 2 / 3,
+        "refine right": 0.5,
+        "output right": 1.0,
+    }
+
+
+def test_the_table_pairs_arms_by_problem_and_leaves_out_what_was_not_run(tmp_path, capsys, monkeypatch):
+    def evaluated(folder: Path, right: list[bool]) -> None:
+        store = Store(folder / "greedy", "trees", {})
+        for i, good in enumerate(right):
+            problem = Problem(f"p{i}", PROBLEM.question, PROBLEM.answer, data=PROBLEM.data)
+            tree = answer(problem, WRONG, ("output", "x"), right=good)
+            store.add(problem.id, tree.to_json())
+        store.close()
+
+    evaluated(tmp_path / "evaluate_base", [False] * 20)
+    for seed, gain in ((0, 12), (1, 14)):
+        evaluated(tmp_path / f"seed-{seed}" / "evaluate_sft", [i < 4 for i in range(20)])
+        evaluated(tmp_path / f"seed-{seed}" / "evaluate_rl", [i < gain for i in range(20)])
+    monkeypatch.setattr("sys.argv", ["table.py", str(tmp_path)])
+    table.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:4]] == [table.CLAIMS[0].text, table.CLAIMS[1].text]
+    assert "| +45.0 |" in lines[3] and "+40.0, +50.0 | supports |" in lines[3] and lines[4] == ""
+    data = json.loads((tmp_path / "claims.json").read_text())
+    assert [claim["mean"] for claim in data["claims"]] == pytest.approx([0.2, 0.45])
+    assert data["arms"]["rl"]["accuracy"] == [0.6, 0.7] and set(data["arms"]) == {"base", "sft", "rl"}
+    assert (tmp_path / "claims.md").read_text().startswith("| claim |")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["rejection", "random", "format_only", "no_checks"])
+def test_an_arm_trains(tmp_path, arm, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args = ["rl", "fit", "--config=configs/tiny/rl.yaml", f"--config=experiments/claims/rl_{arm}.yaml"]
+    args += ["--model.model=pkg:tiny/checkpoints/countdown", f"--trainer.out={tmp_path}", "--trainer.max_steps=2"]
+    args += ["--data.train.init_args.count=40", "--data.validation.init_args.count=8", "--data.batch_size=4"]
+    args += ["--trainer.expander.init_args.rollouts=3", "--trainer.expander.init_args.max_tokens=40"]
+    assert main(args) == 0
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
