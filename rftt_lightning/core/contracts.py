@@ -276,7 +276,8 @@ class Trajectory:
     """An annotated reasoning path, made by curation, that SFT learns from.
 
     ``train[i]`` False keeps step i in the context and out of the loss (wrong branches, if so configured). ``kind`` is
-    ``"plain"``, or ``"merged"`` (wrong branch, verify, refine, correct branch). ``lineage`` names tree and nodes.
+    ``"plain"``, or ``"merged"`` (wrong branch, verify, refine, correct branch). ``lineage`` names the nodes of the
+    ``correct`` path and of each ``wrong`` one.
     """
 
     problem: Problem

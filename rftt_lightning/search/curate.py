@@ -2,7 +2,8 @@
 
 arXiv 2502.13389, section 3.2. Of the finished paths of a tree, the correct one with the best steps is kept plain. It is also
 merged with a wrong path that shares a prefix with it: shared prefix, wrong branch, ``verify`` (the model itself says where
-it went wrong), ``refine`` (back at the fork, the first correct step), the rest of the correct branch, ``output``.
+it went wrong), ``refine`` (back at the fork, the first correct step), the rest of the correct branch, ``output``. Several wrong
+paths may be taken back so, one after the other, before the correct one.
 """
 
 from __future__ import annotations
@@ -45,20 +46,23 @@ class Report:
 
 @dataclass(frozen=True)
 class Draft:
-    """A trajectory whose verify texts are still to be asked of the model. ``wrong``: number of steps that are shared prefix and
-    wrong branch (0: a plain path), of which ``shared`` are shared; ``ending`` asks for a verify before the output too."""
+    """A trajectory that is being written: ``paths`` are the wrong ones that are taken back, if any, and then the correct one;
+    ``steps`` go to the end of the path number ``at``, and ``right`` says of each whether it is the correct path's or a verify.
+    ``ending`` asks for a verify before the output, too."""
 
-    rollout: Rollout
+    paths: tuple[Rollout, ...]
     steps: tuple[Step, ...]
-    wrong: int
-    shared: int
-    correct: tuple[Step, ...]
-    other: Rollout | None
+    right: tuple[bool, ...]
     ending: bool
+    at: int = 0
 
     @property
     def kind(self) -> str:
-        return "merged" if self.wrong else "plain"
+        return "merged" if len(self.paths) > 1 else "plain"
+
+    @property
+    def finished(self) -> bool:
+        return self.at == len(self.paths) - 1
 
 
 class Curator:
@@ -70,7 +74,9 @@ class Curator:
         alpha: smallest share of a wrong path, in steps, that it must have in common with the correct one (the paper's
             threshold, which it gives no value for). At 0 a wrong path may share the question alone, and the merged path goes
             back to the very beginning; anything above 0 asks for a shared step.
-        merges: merged paths of a tree at most, each with another wrong path, worst first (the paper: 1).
+        merges: merged paths of a tree at most, each beginning with another wrong path, worst first (the paper: 1).
+        repairs: wrong paths of a merged path at most, each taken back for the next one, the last for the correct one; how many,
+            from 1 on, is drawn for each (the paper: 1).
         verify_share: share of the documents in which the model also verifies the correct end before the output.
         preparing: tags that prepare a step without taking one; refine begins at the first step after the fork that is none
             and that the wrong branch did not take as well.
@@ -86,6 +92,7 @@ class Curator:
         tokens: str | None = None,
         alpha: float = 0.25,
         merges: int = 1,
+        repairs: int = 1,
         verify_share: float = 0.0,
         preparing: Sequence[str] = ("clarify", "analyze", "subquestion"),
         affirms: str = r"(?i)verdict:\s*correct",
@@ -108,6 +115,9 @@ class Curator:
             raise UserError(f"curator.max_tokens is {max_tokens}; it must be at least 1")
         if merges < 0:
             raise UserError(f"curator.merges is {merges}; it must be 0 (plain paths only) or more")
+        if repairs < 1:
+            raise UserError(f"curator.repairs is {repairs}; it must be at least 1")
+        self.repairs = repairs
         self.alpha, self.merges, self.verify_share, self.preparing = alpha, merges, verify_share, tuple(preparing)
         self.affirms, self.denies = _expression("affirms", affirms), _expression("denies", denies)
         self.train_wrong_branch, self.sampling, self.max_tokens, self.seed = (
@@ -126,7 +136,8 @@ class Curator:
         while batch := list(islice(stream, chunk)):
             report.trees += len(batch)
             drafts = [draft for tree in batch for draft in self.drafts(tree, source, report)]
-            drafts = self._verify(drafts, backend, report, ending=False)
+            while not all(draft.finished for draft in drafts):
+                drafts = self._verify(drafts, backend, report, ending=False)
             drafts = self._verify(drafts, backend, report, ending=True)
             for draft in drafts:
                 trajectory = self._trajectory(draft, source)
@@ -153,17 +164,23 @@ class Curator:
             return []
         best = max(correct, key=lambda r: mean_step_score(r, tree))
         rng = random.Random(seed_of(self.seed, tree.problem.id, "curate"))
-        plain = Draft(best, best.steps, 0, 0, best.steps, None, rng.random() < self.verify_share)
+        plain = self._draft((best,), rng)
         near = [r for r in wrong if self._legal(r, VERIFY) and common(r, best) / len(r.nodes) >= self.alpha]
         if not near:
             report.rejected["merged: no wrong path that shares enough"] += 1
             return [plain]
-        worst = {r.steps: r for r in sorted(near, key=lambda r: (mean_step_score(r, tree), -common(r, best)))}
-        merged = [
-            Draft(best, steps, len(steps), common(r, best), best.steps, r, rng.random() < self.verify_share)
-            for steps, r in islice(worst.items(), self.merges)
-        ]
+        ordered = sorted(near, key=lambda r: (mean_step_score(r, tree), -common(r, best)))
+        worst = list({r.steps: r for r in ordered}.values())
+        merged = []
+        for first in range(min(self.merges, len(worst))):
+            count = rng.randint(1, self.repairs) if self.repairs > 1 else 1
+            merged.append(self._draft((*worst[first : first + count], best), rng))
         return [plain, *merged]
+
+    def _draft(self, paths: tuple[Rollout, ...], rng: random.Random) -> Draft:
+        shared = common(paths[0], paths[-1])
+        right = tuple(i < shared for i in range(len(paths[0].steps)))
+        return Draft(paths, paths[0].steps, right, rng.random() < self.verify_share)
 
     def _ended(self, tree: Tree, status: Status) -> list[Rollout]:
         return [r for r in tree.rollouts() if r.complete and r.score and r.score.verdict.status is status]
@@ -174,8 +191,8 @@ class Curator:
     # -- cross-verification ----------------------------------------------------------------------------------------------
 
     def _verify(self, drafts: list[Draft], backend: Backend, report: Report, ending: bool) -> list[Draft]:
-        """Ask for the verify texts of the wrong branches, or (``ending``) of the correct ends."""
-        asked = [i for i, draft in enumerate(drafts) if (draft.ending if ending else draft.wrong)]
+        """Ask for the verify texts of the wrong branches that the drafts have come to, or (``ending``) of the correct ends."""
+        asked = [i for i, draft in enumerate(drafts) if (draft.ending if ending else not draft.finished)]
         requests = [self._request(drafts[i], backend, ending) for i in asked]
         answers = dict(zip(asked, backend.generate(requests), strict=True))
         kept = []
@@ -186,7 +203,7 @@ class Curator:
             segment = answers[i].segments[0]
             fault = "verify text broke off" if not segment.closed else self._contradiction(segment.text, right=ending)
             if not fault:
-                kept.append(replace(draft, steps=self._continue(draft, segment.text, ending)))
+                kept.append(self._continue(draft, segment.text))
             else:
                 report.rejected[f"{draft.kind}: {'final check' if ending else 'verify'}: {fault}"] += 1
                 if ending:  # the document stands without the final check
@@ -194,10 +211,12 @@ class Curator:
         return kept
 
     def _request(self, draft: Draft, backend: Backend, ending: bool) -> Request:
-        correct = "\n".join(text for _, text in draft.correct[draft.shared :])
+        *wrong, best = draft.paths
+        shared = common(wrong[min(draft.at, len(wrong) - 1)], best) if wrong else 0
+        correct = "\n".join(text for _, text in best.steps[shared:])
         prompts = {**self.prompts, VERIFY: self.prompts[VERIFY].replace("{correct_steps}", correct)}
-        chat = dialogue(draft.rollout.problem.question, draft.steps, prompts, ask=VERIFY)
-        seed = seed_of(self.seed, draft.rollout.problem.id, draft.kind, ending)
+        chat = dialogue(best.problem.question, draft.steps, prompts, ask=VERIFY)
+        seed = seed_of(self.seed, best.problem.id, draft.kind, ending, *([draft.at] if draft.at and not ending else []))
         return Request(backend.chat(chat), seed, self.max_tokens, self.sampling, force=VERIFY)
 
     def _contradiction(self, text: str, right: bool) -> str:
@@ -207,23 +226,29 @@ class Curator:
             return ""
         return "contradicts the known verdict" if says == (not right, right) else "gives no clear verdict"
 
-    def _continue(self, draft: Draft, text: str, ending: bool) -> tuple[Step, ...]:
-        if ending:
-            return (*draft.steps, Step(VERIFY, text))
-        onward, taken = draft.correct[draft.shared :], draft.steps[draft.shared : draft.wrong]
-        changes = (i for i, step in enumerate(onward) if step.tag not in self.preparing and step not in taken)
-        first = next(changes, len(onward) - 1)
-        return (*draft.steps, Step(VERIFY, text), Step(REFINE, onward[first].text), *onward[first + 1 :])
+    def _continue(self, draft: Draft, text: str) -> Draft:
+        """The draft with a verify text, and after a wrong path with the next one from the fork of the two on."""
+        steps, right = (*draft.steps, Step(VERIFY, text)), (*draft.right, True)
+        if draft.finished:
+            return replace(draft, steps=steps, right=right)
+        now, then = draft.paths[draft.at], draft.paths[draft.at + 1]
+        fork, correct = common(now, then), common(then, draft.paths[-1])
+        onward, taken = range(fork, len(then.steps)), now.steps[fork:]
+        changes = (i for i in onward if then.steps[i].tag not in self.preparing and then.steps[i] not in taken)
+        first = next(changes, onward[-1])
+        steps += (Step(REFINE, then.steps[first].text), *then.steps[first + 1 :])
+        right += tuple(i < correct for i in range(first, len(then.steps)))
+        return replace(draft, steps=steps, right=right, at=draft.at + 1)
 
     # -- writing ---------------------------------------------------------------------------------------------------------
 
     def _trajectory(self, draft: Draft, source: ProblemSource) -> Trajectory:
-        answer = draft.rollout.score.verdict.answer or ""  # type: ignore[union-attr]
+        *wrong, best = draft.paths
+        answer = best.score.verdict.answer or ""  # type: ignore[union-attr]
         steps = (*draft.steps, Step(OUTPUT, source.output(answer)))
-        wrong_branch = range(draft.shared, draft.wrong)
-        train = tuple(self.train_wrong_branch or i not in wrong_branch for i in range(len(steps)))
-        lineage = {"correct": list(draft.rollout.nodes), "wrong": list(draft.other.nodes) if draft.other else []}
-        return Trajectory(draft.rollout.problem, steps, train, draft.kind, lineage)
+        train = tuple(self.train_wrong_branch or right for right in (*draft.right, True))
+        lineage = {"correct": list(best.nodes), "wrong": [list(path.nodes) for path in wrong]}
+        return Trajectory(best.problem, steps, train, draft.kind, lineage)
 
     def _fault(self, trajectory: Trajectory, seen: set[tuple[str, tuple[Step, ...]]]) -> str:
         if not self.table.is_legal(step.tag for step in trajectory.steps):

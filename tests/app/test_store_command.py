@@ -210,7 +210,10 @@ def test_a_trajectory_names_the_nodes_that_its_steps_are_from(tmp_path):
     trees = {tree.problem.id: tree for tree in read_trees(folder)}
     for path in read_trajectories(tmp_path / "paths"):
         tree = trees[path.problem.id]
-        right, wrong = ([tree.segments[n].step for n in path.lineage[key]] for key in ("correct", "wrong"))
+        right, *wrongs = (
+            [tree.segments[n].step for n in nodes] for nodes in (path.lineage["correct"], *path.lineage["wrong"])
+        )
+        (wrong,) = wrongs or [[]]
         kinds.add(path.kind)
         if path.kind == "plain":
             assert list(path.steps[:-1]) == right and not wrong

@@ -154,6 +154,32 @@ def test_merged_paths_have_different_wrong_branches_worst_first(merges):
     assert all(t.steps[3:] == (Step("verify", "bad"), Step("refine", "4 - 1 = 3"), made[0].steps[-1]) for t in made[1:])
 
 
+def test_wrong_paths_are_taken_back_one_after_the_other():
+    """Each goes on at its fork with the path before it, by its first step that this one did not take."""
+    first = [CLARIFY, FOUR, Step("direct_answer", "4 + 2 = 6")]
+    second = [CLARIFY, FOUR, Step("next_step", "4 + 1 = 5"), Step("direct_answer", "so 5")]
+    apart = [CLARIFY, Step("next_step", "2 * 2 = 4"), Step("direct_answer", "4 + 0 = 4")]
+    tree = tree_of(
+        (RIGHT, "3", []), (first, "6", [None, 1, 0.0]), (second, "5", [None, 1, 0.1, 0.8]), (apart, "4", [None, 1, 0.4])
+    )
+    bad = Step("verify", "bad")
+    end = (bad, Step("refine", "4 - 1 = 3"), Step("output", "it is 3"))
+    three = (*first, bad, Step("refine", "4 + 1 = 5"), second[-1], bad, Step("refine", apart[1].text), apart[-1], bad)
+    seen = set()
+    for seed in range(30):
+        made, _ = run(curator(merges=3, repairs=3, alpha=0.0, seed=seed, train_wrong_branch=False), Says("bad"), tree)
+        for path in made[1:]:
+            seen.add((path.steps, path.train, len(path.lineage["wrong"])))
+    by_steps = {steps: (train, count) for steps, train, count in seen}
+    assert by_steps[(*first, *end)] == ((True, True, False, True, True, True), 1)
+    two = (*first, bad, Step("refine", "4 + 1 = 5"), second[-1], *end)
+    assert by_steps[two] == ((True, True, False, True, False, False, True, True, True), 2)
+    (longest,) = (steps for steps, (_, count) in by_steps.items() if count == 3)
+    assert longest[: len(three)] == three and longest[-1] == end[-1]
+    assert {steps[: len(apart)] for steps, (_, count) in by_steps.items() if count == 1} >= {tuple(first), tuple(apart)}
+    assert len(by_steps) == 6  # from the first 1, 2 or 3 wrong paths on, from the second 1 or 2, from the third 1
+
+
 @pytest.mark.parametrize("alpha, merged", [(0.0, True), (0.01, False)])
 def test_above_zero_alpha_asks_for_a_shared_step(alpha, merged):
     apart = [Step("next_step", "2 - 1 = 2"), Step("direct_answer", "2 + 2 = 4")]
@@ -235,3 +261,5 @@ def test_settings_out_of_range_are_refused():
         curator(alpha=1.5)
     with pytest.raises(UserError, match="merges is -1"):
         curator(merges=-1)
+    with pytest.raises(UserError, match="repairs is 0"):
+        curator(repairs=0)
