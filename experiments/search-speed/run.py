@@ -92,7 +92,7 @@ SETUPS = {
         prompt=(200, 300),
         search=UNTRAINED,
     ),
-    "occupancy": Setup({"ours": (200,)}, batch_size=64, concurrency=128, search=DRAWN),
+    "occupancy": Setup({"ours": (200,)}, batch_size=112, concurrency=200, search=DRAWN),
 }
 """The last one is searched as evaluation does it: contents and functional tokens drawn, the policy's confidence backed up."""
 
