@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from rftt_lightning.core.contracts import Problem, Rollout, Score, Status, Verdict
+from rftt_lightning.core.contracts import Problem, Rollout, Score, Segment, Status, Verdict
 from rftt_lightning.core.tokens import TokenTable
+from rftt_lightning.core.tree import Plan, Tree
 from rftt_lightning.training import measures
 from tests.sick import Guess, grown
 
@@ -78,6 +79,15 @@ def test_nodes_count_once(trees, found):
 def test_entropy_is_zero_where_certain_and_one_where_uniform():
     assert measures.uncertainty({"a": 1.0, "b": 0.0}) == 0
     assert measures.uncertainty(dict.fromkeys("abc", 1 / 3)) == pytest.approx(1)
+
+
+def test_a_boundary_without_a_choice_has_no_entropy():
+    tree = Tree(Problem("p", "q"), (1,))
+    (node,) = tree.plan(0, [Plan("direct_answer", 1.0)])
+    tree.fill(node, Segment("direct_answer", (2, 3), (-1.0, -1.0), (0, 0), "x", True, {"output": 1.0}))
+    tree.end(node, True)
+    tree.backup(node, Score(Verdict(Status.WRONG), 0.0, (0.0,)))
+    assert "boundary/entropy" not in measures.rates(measures.count([tree], TABLE, SOURCE))
 
 
 def test_ranks_add_up(trees, found):
