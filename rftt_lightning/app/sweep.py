@@ -281,16 +281,18 @@ class Sweeper:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM interrupts as Ctrl-C does."""
+    """SIGTERM interrupts as Ctrl-C does, which a process that was started in the background would not hear of."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    kinds = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(kind, interrupt) for kind in kinds]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
 
 
 def last_line(log: Path) -> str:

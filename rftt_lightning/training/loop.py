@@ -341,10 +341,10 @@ class RLTrainer:
     def _settle(self, trees: Sequence[Tree], source: ProblemSource) -> None:
         """Rewards that hang on what is scored together (a mean that is taken off, say) are those of this rank's whole step, not of
         what happened to end at the same time."""
-        rollouts = [tree.rollouts() for tree in trees]
-        scores = iter(self.reward.score(source, [rollout for found in rollouts for rollout in found]))
-        for tree, found in zip(trees, rollouts, strict=True):
-            tree.leaves = [(leaf, next(scores)) for (leaf, _), _ in zip(tree.leaves, found, strict=False)]
+        rollouts = [tree.rollout(leaf, score) for tree in trees for leaf, score in tree.leaves]
+        scores = iter(self.reward.score(source, rollouts))
+        for tree in trees:
+            tree.leaves = [(leaf, next(scores)) for leaf, _ in tree.leaves]
 
     def _judged(self, tree: Tree) -> list[Rollout]:
         """The rollouts of a problem, without those whose verdicts timed out if they are dropped."""
