@@ -21,6 +21,11 @@ MISSED = {  # equal, and not found so: what it would take
 @pytest.fixture(scope="module")
 def verdicts():
     judged = verify_many([(row["gold"], row["response"]) for row in ROWS])
+    for _ in range(3):  # a core that is shared stretches CPU time, too: one proof here takes most of its budget
+        late = [i for i, verdict in enumerate(judged) if verdict.status is Status.TIMED_OUT]
+        again = verify_many([(ROWS[i]["gold"], ROWS[i]["response"]) for i in late])
+        for i, verdict in zip(late, again, strict=True):
+            judged[i] = verdict
     by_form = defaultdict(list)
     for row, verdict in zip(ROWS, judged, strict=True):
         by_form[row["form"]].append((row, verdict))
