@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser
+from rich.console import Console
 
 from rftt_lightning.core.contracts import UserError
 
@@ -100,3 +105,22 @@ def make_folder(folder: str | Path, option: str = "--out") -> None:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another {option}") from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"cannot write to {folder}: Permission denied; choose another {option}")
+
+
+@contextmanager
+def interruptible(*kinds: signal.Signals) -> Iterator[None]:
+    """Signals of these kinds become a KeyboardInterrupt; only the main thread may ask for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = [signal.signal(kind, signal.default_int_handler) for kind in kinds]
+    try:
+        yield
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
+
+
+def paper() -> Console:
+    """A console that shows nothing; what is printed to it is taken by ``export_text``."""
+    return Console(width=140, record=True, file=io.StringIO())

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rftt_lightning.app.command import CONFIG, Parser, refuse_malformed
+from rftt_lightning.app.command import CONFIG, Parser, paper, refuse_malformed
 from rftt_lightning.core.contracts import UserError
 from rftt_lightning.training.diagnostics import Diagnosis, Thresholds, diagnose, read_history
 
@@ -49,15 +48,14 @@ def _configured(path: Path) -> Thresholds:
 
 
 def _text(run: str, steps: int, diagnosis: Diagnosis) -> str:
-    console = Console(width=140, record=True, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115
+    console = paper()
     lasting, over = diagnosis.lasting, [alarm for alarm in diagnosis.alarms if alarm.until is not None]
     console.print(escape(f"{run}: {steps} steps, alarms: {len(lasting)} last, {len(over)} over"), highlight=False)
     if diagnosis.alarms:
         table = Table("sickness", "steps", "evidence", "what to try", show_lines=True)
         for alarm in (*lasting, *over):
             until = "" if alarm.until is None else alarm.until - 1
-            symptoms = f" (with {', '.join(alarm.symptoms)})" if alarm.symptoms else ""
-            table.add_row(alarm.name, f"{alarm.since}–{until}", escape(alarm.evidence + symptoms), escape(alarm.advice))
+            table.add_row(alarm.name, f"{alarm.since}–{until}", escape(alarm.finding), escape(alarm.advice))
         console.print(table)
     if steps < 2 * diagnosis.limits.window:
         console.print(

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rftt_lightning.app.command import run_command
+from rftt_lightning.app.command import paper, run_command
 from rftt_lightning.app.search import harvest
 from rftt_lightning.core.contracts import Backend, ProblemSource, Reward, Rollout, UserError
 from rftt_lightning.core.paths import resolve
@@ -189,7 +188,7 @@ def _table(results: dict[str, Any]) -> str:
         table.add_row("greedy", _cell(row), "", "", "", *_costs(row))
     for n, row in results.get("rollouts", {}).items():
         table.add_row(f"{n} rollouts", *(_cell(row[name]) for name in (*VOTES, "any")), *_costs(row))
-    console = Console(width=140, record=True, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115
+    console = paper()
     console.print(table)
     for name in ("level", "subject"):
         groups = results.get("greedy", {}).get(f"by_{name}", {})

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import signal
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from rftt_lightning.app.command import run_command
+from rftt_lightning.app.command import interruptible, run_command
 from rftt_lightning.app.plan import PLAN, Costs, predict, table
 from rftt_lightning.core.contracts import Backend, Problem, ProblemSource, Reward, Status, UserError
 from rftt_lightning.core.tree import Tree
@@ -122,7 +121,7 @@ def grow_into(
     todo = [problem for problem in problems if not _known(problem, store)]
     if overwrite:
         summary.unlink(missing_ok=True)
-    with _bar() as bar, _terminable(), closing(store):
+    with _bar() as bar, interruptible(signal.SIGTERM), closing(store):
         task = bar.add_task("trees", total=len(problems), completed=len(problems) - len(todo), rates="")
         grown = driver.grow(
             todo,
@@ -184,19 +183,6 @@ def _settings(
         "backend": getattr(backend, "name", type(backend).__qualname__),
         "grammar": describe(backend.tokens.grammar),
     }
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM becomes a KeyboardInterrupt; only the main thread may ask for that."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _bar() -> Progress:

@@ -11,8 +11,7 @@ import string
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -21,7 +20,7 @@ from filelock import FileLock, Timeout
 from rich.live import Live
 from rich.table import Table
 
-from rftt_lightning.app.command import make_folder, run_command
+from rftt_lightning.app.command import interruptible, make_folder, run_command
 from rftt_lightning.core.contracts import UserError
 
 POLL = 0.2
@@ -201,7 +200,8 @@ class Sweeper:
         live = Live(
             self.picture(), refresh_per_second=1, get_renderable=self.picture, transient=not sys.stdout.isatty()
         )
-        with lock, _terminable(), live:
+        # SIGINT, too: a process that was started in the background would not hear of it.
+        with lock, interruptible(signal.SIGTERM, signal.SIGINT), live:
             self.began = time.monotonic()
             try:
                 while self.start() or self.running:
@@ -277,22 +277,6 @@ class Sweeper:
             if run.name in self.running:
                 table.add_row(run.name, f"{self.spent(run.name):.0f}", last_line(self.log(run)))
         return table
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM interrupts as Ctrl-C does, which a process that was started in the background would not hear of."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    kinds = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(kind, interrupt) for kind in kinds]
-    try:
-        yield
-    finally:
-        for kind, handler in zip(kinds, before, strict=True):
-            signal.signal(kind, handler)
 
 
 def last_line(log: Path) -> str:

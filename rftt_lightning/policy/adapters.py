@@ -18,7 +18,7 @@ TRAINABLE = ("all", "functional_rows", "lora")
 
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank updates of the linear layers, ``Lora(rank=16, alpha=32.0)``.
+    """Low-rank updates of the linear layers, ``LoRA(rank=16, alpha=32.0)``.
 
     ``alpha`` / ``rank`` scales them; ``targets`` are names of layers, or "all-linear", which is all but the output embedding.
     There is no dropout: with it the probability ratio would not begin at one.

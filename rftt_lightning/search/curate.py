@@ -117,8 +117,8 @@ class Curator:
             raise UserError(f"curator.merges is {merges}; it must be 0 (plain paths only) or more")
         if repairs < 1:
             raise UserError(f"curator.repairs is {repairs}; it must be at least 1")
-        self.repairs = repairs
-        self.alpha, self.merges, self.verify_share, self.preparing = alpha, merges, verify_share, tuple(preparing)
+        self.alpha, self.merges, self.repairs, self.verify_share = alpha, merges, repairs, verify_share
+        self.preparing = tuple(preparing)
         self.affirms, self.denies = _expression("affirms", affirms), _expression("denies", denies)
         self.train_wrong_branch, self.sampling, self.max_tokens, self.seed = (
             train_wrong_branch,

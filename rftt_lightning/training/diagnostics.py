@@ -99,9 +99,13 @@ class Alarm:
     until: int | None = None
     symptoms: tuple[str, ...] = ()
 
+    @property
+    def finding(self) -> str:
+        """The evidence, and what follows from the sickness."""
+        return self.evidence + (f" (with {', '.join(self.symptoms)})" if self.symptoms else "")
+
     def __str__(self) -> str:
-        symptoms = f" (with {', '.join(self.symptoms)})" if self.symptoms else ""
-        return f"{self.name} since step {self.since}: {self.evidence}{symptoms}. Try: {self.advice}"
+        return f"{self.name} since step {self.since}: {self.finding}. Try: {self.advice}"
 
 
 class Trend:

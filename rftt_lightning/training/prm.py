@@ -18,8 +18,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.functional.classification import binary_auroc, binary_calibration_error
 from transformers import AutoModelForTokenClassification, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,7 +29,7 @@ from rftt_lightning.policy.prm import Writer, functional_writer, relative
 from rftt_lightning.policy.vocab import add_functional_tokens, load
 from rftt_lightning.search.store import read_trees
 from rftt_lightning.training.data import share_of
-from rftt_lightning.training.sft import SCHEDULES, lr_factor
+from rftt_lightning.training.sft import SCHEDULES, scheduled_adamw
 
 ESTIMATES = ("soft", "hard")
 BINS = 10
@@ -338,15 +336,7 @@ class PRMModule(lightning.LightningModule):
                 logger.experiment.add_figure("val/calibration", figure, self.global_step)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        settings = self.hparams
-        groups = [
-            {"params": [p for p in self.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in self.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = AdamW(groups, lr=settings.lr)
-        total = self.trainer.estimated_stepping_batches
-        factor = LambdaLR(optimizer, lambda step: lr_factor(step, total, settings))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
+        return scheduled_adamw(self, (0.9, 0.999))
 
 
 @dataclass(frozen=True)

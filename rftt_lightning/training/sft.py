@@ -215,16 +215,7 @@ class SFTModule(lightning.LightningModule):
     # -- optimizer -------------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        settings = self.hparams
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = AdamW(groups, lr=settings.lr, betas=tuple(settings.betas))
-        total = self.trainer.estimated_stepping_batches
-        factor = LambdaLR(optimizer, lambda step: lr_factor(step, total, settings))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
+        return scheduled_adamw(self, tuple(self.hparams.betas))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume with other settings: optimizer and schedule keep the old ones, so they would act in part."""
@@ -269,3 +260,17 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 def plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def scheduled_adamw(module: lightning.LightningModule, betas: tuple[float, float]) -> OptimizerLRScheduler:
+    """AdamW on what is trained of a module, weight decay on matrices only, with the schedule of its settings."""
+    settings = module.hparams
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = AdamW(groups, lr=settings.lr, betas=betas)
+    total = module.trainer.estimated_stepping_batches
+    factor = LambdaLR(optimizer, lambda step: lr_factor(step, total, settings))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
