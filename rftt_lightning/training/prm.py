@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import torch
@@ -346,20 +346,35 @@ class Held:
     path: ValuedPath
     said: tuple[float, ...]
 
-    def judged(self) -> Iterator[tuple[str, float, float, float]]:
-        """Of each step that the exact checker judges, if no earlier path has it: tag, the checker's score, the value said after
-        it, and what it keeps of the value before."""
+    def judged(self) -> Iterator[Judged]:
+        """The steps that the exact checker judges, but those that an earlier path has."""
+        first = True
         columns = zip(
             self.path.new[1:], self.path.tags, self.path.checks, self.said[1:], relative(self.said), strict=True
         )
-        yield from ((tag, check, value, kept) for new, tag, check, value, kept in columns if new and check is not None)
+        for new, tag, check, value, kept in columns:
+            if new and check is not None:
+                yield Judged(tag, check, value, kept, first)
+            first = first and check != 0
+
+
+class Judged(NamedTuple):
+    """A step: its tag, the exact checker's score, the value said after it, what it keeps of the value before it, and whether no
+    earlier step of its path is wrong."""
+
+    tag: str
+    check: float
+    value: float
+    kept: float
+    first: bool
 
 
 def measure(held: Sequence[Held]) -> dict[str, float]:
     """Of held-out paths: ``loss`` (nats) and expected calibration error ``ece`` of the said values against how the paths ended;
     AUC of that, ``auc_outcome``; against the exact checker, over the steps that it judges, ``auc_value`` of the value said after
-    the step and ``auc_step`` of what the step keeps of the value before it (:func:`relative`), also by tag; each node counts
-    once there. An AUC with one class only is left out."""
+    the step and ``auc_step`` of what the step keeps of the value before it (:func:`relative`), also by tag, and up to the
+    ``first_error`` of a path, where people stop labelling (arXiv 2305.20050, section 2.4), as a path that went wrong is worth
+    little however right its next step is. Each node counts once. An AUC with one class only is left out."""
     said = torch.tensor([value for one in held for value in one.said[1:]])
     ended = torch.tensor([one.path.right for one in held for _ in one.said[1:]])
     bounded = said.clamp(1e-6, 1 - 1e-6)
@@ -368,11 +383,13 @@ def measure(held: Sequence[Held]) -> dict[str, float]:
         "ece": float(binary_calibration_error(said, ended.int(), n_bins=BINS)),
     }
     rows = [row for one in held for row in one.judged()]
+    parts = {"": rows, "/first_error": [row for row in rows if row.first]}
+    parts |= {f"/{tag}": [row for row in rows if row.tag == tag] for tag in sorted({row.tag for row in rows})}
     columns = {"auc_outcome": (said.tolist(), ended.tolist())}
-    for name, of in (("", None), *((f"/{tag}", tag) for tag in sorted({row[0] for row in rows}))):
-        chosen = [row for row in rows if of is None or row[0] == of]
-        columns[f"auc_step{name}"] = ([row[3] for row in chosen], [row[1] for row in chosen])
-        columns[f"auc_value{name}"] = ([row[2] for row in chosen], [row[1] for row in chosen])
+    for name, part in parts.items():
+        labels = [row.check for row in part]
+        columns[f"auc_step{name}"] = ([row.kept for row in part], labels)
+        columns[f"auc_value{name}"] = ([row.value for row in part], labels)
     for name, (scores, labels) in columns.items():
         if len(set(labels)) == 2:
             found[name] = float(binary_auroc(torch.tensor(scores), torch.tensor(labels).int()))
@@ -395,7 +412,7 @@ def plot_calibration(held: Sequence[Held], metrics: dict[str, float]) -> Any:
     figure, (axes, below) = pyplot.subplots(2, 1, figsize=(4, 5), dpi=120, height_ratios=(3, 1), sharex=True)
     axes.plot([0, 1], [0, 1], color="black", ls="--", lw=1)
     axes.plot(told.tolist(), true.tolist(), marker="o")
-    shown = ("ece", "auc_outcome", "auc_step")
+    shown = ("ece", "auc_outcome", "auc_value")
     axes.set(ylabel="share that ended right", title="  ".join(f"{n} {metrics[n]:.3f}" for n in shown if n in metrics))
     axes.title.set_fontsize(9)
     below.bar([(i + 0.5) / BINS for i in range(BINS)], counts.tolist(), width=0.9 / BINS)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,25 @@ def test_the_table_pairs_arms_by_problem_and_leaves_out_what_was_not_run(tmp_pat
     assert [claim["mean"] for claim in data["claims"]] == pytest.approx([0.2, 0.45])
     assert data["arms"]["rl"]["accuracy"] == [0.6, 0.7] and set(data["arms"]) == {"base", "sft", "rl"}
     assert (tmp_path / "claims.md").read_text().startswith("| claim |")
+
+
+@pytest.mark.parametrize("overlay", ["", "sweep_arithmetic"])
+def test_each_command_of_a_world_is_understood(overlay, monkeypatch, capsys):
+    """The configs that a plan names are there for that world, and have what the plan sets."""
+    monkeypatch.chdir(ROOT)
+    names = ["sweep", overlay] if overlay else ["sweep"]
+    plan = ["sweep", *(f"--config=experiments/claims/{name}.yaml" for name in names), "--seeds=[0]", "--plan=true"]
+    assert main(plan) == 0
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert {command[0] for command in commands} == {"rftt", "python"} and len(commands) > 30
+    for program, *args in commands:
+        if program == "python":
+            assert Path(args[0]).exists()
+            continue
+        with pytest.raises(SystemExit) as stop:
+            main([*args, "--print_config"])
+        assert not stop.value.code, args
+        capsys.readouterr()
 
 
 @pytest.mark.slow

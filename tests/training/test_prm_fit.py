@@ -243,7 +243,7 @@ def test_measures_are_those_of_plain_loops():
         pairs = [(a, b) for a, right in rows if right for b, other in rows if not other]
         return sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
 
-    value, step, verify, ends = [], [], [], []
+    value, step, verify, first, ends = [], [], [], [], []
     for one in held:
         for i, check in enumerate(one.path.checks):
             ends.append((one.said[i + 1], one.path.right))
@@ -253,12 +253,15 @@ def test_measures_are_those_of_plain_loops():
                 step.append((kept, check))
                 if one.path.tags[i] == "verify":
                     verify.append((kept, check))
+                if 0.0 not in one.path.checks[:i]:
+                    first.append((one.said[i + 1], check))
     bins = [[(p, r) for p, r in ends if int(p * 10) == b] for b in range(10)]
     gaps = [abs(sum(p for p, _ in rows) - sum(r for _, r in rows)) for rows in bins]
     found = measure(held)
     assert found["auc_value"] == pytest.approx(auc(value), abs=1e-6)
     assert found["auc_step"] == pytest.approx(auc(step), abs=1e-6)
     assert found["auc_step/verify"] == pytest.approx(auc(verify), abs=1e-6)
+    assert found["auc_value/first_error"] == pytest.approx(auc(first), abs=1e-6)
     assert found["auc_outcome"] == pytest.approx(auc(ends), abs=1e-6)
     assert found["ece"] == pytest.approx(sum(gaps) / len(ends), abs=1e-5)
     assert found["loss"] == pytest.approx(-sum(math.log(p if r else 1 - p) for p, r in ends) / len(ends), abs=1e-5)
