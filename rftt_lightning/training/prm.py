@@ -355,7 +355,7 @@ class Held:
         for new, tag, check, value, kept in columns:
             if new and check is not None:
                 yield Judged(tag, check, value, kept, first)
-            first = first and check != 0
+            first = first and (check is None or check >= 0.5)
 
 
 class Judged(NamedTuple):
