@@ -41,6 +41,8 @@ CLAIMS = (
     Claim("SFT on annotated trees beats the base", "sft", "base"),
     Claim("RL beats the warm-up that it began at", "rl", "sft"),
     Claim("RL beats the strongest SFT", "rl", "sft_best"),
+    Claim("RL beats the strongest SFT, beginning there", "rl_best", "sft_best"),
+    Claim("RL ends higher from the strongest SFT than from the warm-up", "rl_best", "rl"),
     Claim("REINFORCE++ beats on-policy rejection sampling", "rl", "rejection"),
     Claim("the tree beats plain sampling", "rl", "sampling"),
     Claim("outcome and process reward beat the outcome alone", "rl", "orm"),
@@ -49,7 +51,6 @@ CLAIMS = (
     Claim("verify and refine help, masked in training, too", "rl", "no_checks"),
     Claim("tokens that search forces beat tokens that it draws", "legal", "rl"),
     Claim("forced tokens are better kept than masked", "legal", "legal_masked"),
-    Claim("more steps of RL gain more", "rl_more", "rl"),
     Claim("16 rollouts beat 1", "rl/majority/16", "rl/majority/1"),
     Claim("search over functional tokens helps the warm-up, too", "sft/majority/16", "sft"),
     Claim("control: a random reward teaches nothing", "random", "sft", helps=False),
@@ -103,8 +104,11 @@ class Sweep:
         return seed / name if (seed / name).exists() else self.out / name
 
     def ran(self, arm: str) -> bool:
+        """Is the evaluation finished in all seeds?"""
         name, _, how = arm.partition("/")
-        return all((self.folder(seed, name) / ("search" if how else "greedy")).is_dir() for seed in self.seeds)
+        folders = [self.folder(seed, name) for seed in self.seeds]
+        stores = [folder / ("search" if how else "greedy") for folder in folders]
+        return all(path.exists() for path in (*stores, *(folder / "results.json" for folder in folders)))
 
     def right(self, arm: str) -> np.ndarray:
         """[seeds, problems] in the order of the problems' names."""
@@ -179,7 +183,7 @@ def report(sweep: Sweep, source: ProblemSource) -> tuple[str, dict[str, Any]]:
         data["claims"].append({**claim._asdict(), **found._asdict(), "verdict": verdict})
     columns = ("tokens", "unfinished", "malformed", "verify", "refine", "first attempt", "mended", "spoilt")
     arms = [["arm", "accuracy by seed", *columns, "steps right"]]
-    for arm in sorted(known):
+    for arm in filter(sweep.ran, sorted(known)):
         seeds = [mechanism(sweep.greedy(seed, arm), source) for seed in sweep.seeds]
         means = {key: float(np.mean([seed[key] for seed in seeds if key in seed])) for seed in seeds for key in seed}
         accuracy = sweep.right(arm).mean(1).tolist()

@@ -112,18 +112,21 @@ def test_the_mechanism_counts_what_a_loop_counts():
 
 
 def test_the_table_pairs_arms_by_problem_and_leaves_out_what_was_not_run(tmp_path, capsys, monkeypatch):
-    def evaluated(folder: Path, right: list[bool]) -> None:
+    def evaluated(folder: Path, right: list[bool], finished: bool = True) -> None:
         store = Store(folder / "greedy", "trees", {})
         for i, good in enumerate(right):
             problem = Problem(f"p{i}", PROBLEM.question, PROBLEM.answer, data=PROBLEM.data)
             tree = answer(problem, WRONG, ("output", "x"), right=good)
             store.add(problem.id, tree.to_json())
         store.close()
+        if finished:
+            (folder / "results.json").write_text("{}")
 
     evaluated(tmp_path / "evaluate_base", [False] * 20)
     for seed, gain in ((0, 12), (1, 14)):
         evaluated(tmp_path / f"seed-{seed}" / "evaluate_sft", [i < 4 for i in range(20)])
         evaluated(tmp_path / f"seed-{seed}" / "evaluate_rl", [i < gain for i in range(20)])
+        evaluated(tmp_path / f"seed-{seed}" / "evaluate_orm", [True] * seed, finished=seed == 0)  # under way
     monkeypatch.setattr("sys.argv", ["table.py", str(tmp_path)])
     table.main()
     lines = capsys.readouterr().out.splitlines()
