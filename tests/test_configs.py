@@ -36,7 +36,7 @@ def before(name: str) -> list[str]:
         return ["sft", "fit", "--config", str(ROOT / "configs/tiny/sft.yaml"), "--config"]
     if folder == "engine":
         return ["search", "--config", str(ROOT / "configs/qwen2.5-7b/search.yaml"), "--config"]
-    if folder == "claims" and "_" in name:
+    if folder == "claims" and "_" in Path(name).stem:
         base = {"rl": "configs/tiny/rl.yaml", "sweep": "experiments/claims/sweep.yaml"}[command_of(name)[0]]
         return [*command_of(name), "--config", str(ROOT / base), "--config"]
     if folder == "gsm8k-smoke":

@@ -373,7 +373,7 @@ def measure(held: Sequence[Held]) -> dict[str, float]:
     """Of held-out paths: ``loss`` (nats) and expected calibration error ``ece`` of the said values against how the paths ended;
     AUC of that, ``auc_outcome``; against the exact checker, over the steps that it judges, ``auc_value`` of the value said after
     the step and ``auc_step`` of what the step keeps of the value before it (:func:`relative`), also by tag, and up to the
-    ``first_error`` of a path, where people stop labelling (arXiv 2305.20050, section 2.4), as a path that went wrong is worth
+    ``first_error`` of a path, where people stop labelling (arXiv 2305.20050), as a path that went wrong is worth
     little however right its next step is. Each node counts once. An AUC with one class only is left out."""
     said = torch.tensor([value for one in held for value in one.said[1:]])
     ended = torch.tensor([one.path.right for one in held for _ in one.said[1:]])

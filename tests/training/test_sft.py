@@ -14,7 +14,7 @@ from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.policy.vocab import load
 from rftt_lightning.training.callbacks import ExportHF, Samples
 from rftt_lightning.training.data import TreeDataModule, share_of
-from rftt_lightning.training.sft import SFTModule, lr_factor, nll_and_right
+from rftt_lightning.training.sft import SFTModule, lr_factor, nll_and_right, scheduled_adamw
 from sft_world import save_base, trajectories, write_store
 
 
@@ -114,6 +114,18 @@ def test_it_learns_and_says_so(world, tmp_path):
     uses = sum(len(t.steps) for t in trajectories(40) if share_of(t.problem.id) >= 0.2) / (40 - held)
     shares = [scalars(tmp_path, f"functional_tokens_data/{tag}")[0] for tag in TokenTable.from_yaml().names]
     assert sum(shares) == pytest.approx(uses, rel=1e-5)
+
+
+def test_weight_decay_is_of_matrices_alone_and_what_is_frozen_is_left_out(world):
+    module = SFTModule(world.base, weight_decay=0.1)
+    module.configure_model()
+    module.trainer = SimpleNamespace(estimated_stepping_batches=10)
+    frozen, *trained = module.parameters()
+    frozen.requires_grad_(False)
+    decayed, plain = scheduled_adamw(module, (0.9, 0.95))["optimizer"].param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert {p.ndim for p in decayed["params"]} == {2} and {p.ndim for p in plain["params"]} == {1}
+    assert {id(p) for group in (decayed, plain) for p in group["params"]} == {id(p) for p in trained}
 
 
 def test_non_finite_loss_stops_before_the_step(world, tmp_path):
