@@ -37,7 +37,11 @@ def before(name: str) -> list[str]:
     if folder == "engine":
         return ["search", "--config", str(ROOT / "configs/qwen2.5-7b/search.yaml"), "--config"]
     if folder == "claims" and "_" in Path(name).stem:
-        base = {"rl": "configs/tiny/rl.yaml", "sweep": "experiments/claims/sweep.yaml"}[command_of(name)[0]]
+        base = {
+            "rl": "configs/tiny/rl.yaml",
+            "evaluate": "configs/tiny/evaluate.yaml",
+            "sweep": "experiments/claims/sweep.yaml",
+        }[command_of(name)[0]]
         return [*command_of(name), "--config", str(ROOT / base), "--config"]
     if folder == "gsm8k-smoke":
         return [*command_of(name), "--config", str(ROOT / "configs/qwen2.5-7b" / Path(name).name), "--config"]

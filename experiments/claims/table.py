@@ -52,6 +52,8 @@ CLAIMS = (
     Claim("verify and refine help, masked in training, too", "rl", "no_checks"),
     Claim("tokens that search forces beat tokens that it draws", "legal", "rl"),
     Claim("forced tokens are better kept than masked", "legal", "legal_masked"),
+    Claim("tags as rows of the vocabulary beat tags as text, after SFT", "sft", "sft_text"),
+    Claim("tags as rows of the vocabulary beat tags as text, after RL by sampling", "sampling", "text"),
     Claim("16 rollouts beat 1", "rl/majority/16", "rl/majority/1"),
     Claim("search over functional tokens helps the warm-up, too", "sft/majority/16", "sft"),
     Claim("control: a random reward teaches nothing", "random", "sft", helps=False),

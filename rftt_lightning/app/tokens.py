@@ -52,6 +52,8 @@ def tokens(
     if save is not None:
         make_folder(save, "--save")
     names = TokenTable.from_yaml(resolve(table) if table else None)
+    if names.as_text:
+        raise UserError(f"the tags of {table} are text: they have no rows to be added or shown")
     console = Console(width=150)
     before, tokenizer = load(model, "float32")
     fresh = add_functional_tokens(before, tokenizer, names, init, seed)

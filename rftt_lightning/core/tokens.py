@@ -16,11 +16,13 @@ DEFAULT_TABLE = Path(__file__).with_name("tokens.yaml")
 
 @dataclass(frozen=True)
 class FunctionalToken:
-    """``FunctionalToken("verify", "verify and check the steps so far", "#e15759")``."""
+    """``FunctionalToken("verify", "verify and check the steps so far", "#e15759")``. ``text`` is how the opening and the closing
+    tag are written where tags are ordinary text; empty where they are rows of the vocabulary."""
 
     name: str
     description: str
     color: str = "#777777"
+    text: Sequence[str] = ()
 
     @property
     def open(self) -> str:
@@ -35,7 +37,9 @@ class FunctionalToken:
 class TokenTable:
     """The tokens in order, and who may follow whom; :data:`QUESTION` is the state before the first segment.
 
-    ``grammar`` binds a policy that chooses its own functional tokens, ``prompted`` prompt-guided search.
+    ``grammar`` binds a policy that chooses its own functional tokens, ``prompted`` prompt-guided search. Tags are rows of the
+    vocabulary; if all tokens have a ``text``, they are written as ordinary text instead (the control arm: sampled freely, read
+    afterwards).
     """
 
     tokens: tuple[FunctionalToken, ...]
@@ -71,6 +75,13 @@ class TokenTable:
             raise UserError(
                 f"{path}: token names must be distinct lower-case words, none of them {QUESTION!r}; got {names}"
             )
+        texts = [token.text for token in self.tokens]
+        pairs = [isinstance(t, list) and len(t) == 2 and all(isinstance(s, str) and s for s in t) for t in texts]
+        if any(texts) and not all(pairs):
+            raise UserError(
+                f'{path}: text must be how the opening and the closing tag are written, ["<verify>", "</verify>"] say, of each '
+                "token or of none"
+            )
         for part, table in (("grammar", self.grammar), ("prompted", self.prompted)):
             if not table.get(QUESTION):
                 raise UserError(
@@ -92,6 +103,11 @@ class TokenTable:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(token.name for token in self.tokens)
+
+    @property
+    def as_text(self) -> bool:
+        """Are tags ordinary text, not rows of the vocabulary?"""
+        return any(token.text for token in self.tokens)
 
     @property
     def tags(self) -> tuple[str, ...]:

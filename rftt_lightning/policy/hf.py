@@ -17,8 +17,8 @@ from rftt_lightning.core.contracts import Completion, Finish, Provenance, Reques
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.policy.decode import Batch, Row
 from rftt_lightning.policy.prefix import PrefixCache
-from rftt_lightning.policy.tokenized import TokenizedBackend, end_ids, read_table
-from rftt_lightning.policy.vocab import load
+from rftt_lightning.policy.tokenized import TokenizedBackend, read_table
+from rftt_lightning.policy.vocab import end_ids, load
 
 
 class HFBackend(TokenizedBackend):
@@ -86,7 +86,7 @@ class HFBackend(TokenizedBackend):
                 f"{type(model).__name__} keeps a state that cannot be forked; use a model with a standard cache"
             )
         width = model.get_output_embeddings().weight.shape[0]
-        ends = end_ids(tokenizer, model.generation_config.eos_token_id if model.generation_config else None)
+        ends = end_ids(tokenizer, model.generation_config)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         self._bind(tokenizer, table, width, ends, limit, batch_size)
         self.model, self.version, self.closes = model, 0, frozenset(self.vocabulary.closes)
@@ -105,7 +105,7 @@ class HFBackend(TokenizedBackend):
             for request, number in zip(more(room), numbers, strict=False):
                 self.check(request)
                 if len(request.prompt) < self.limit:
-                    fitting.append((number, request))
+                    fitting.append((number, self.freed(request)))
                 else:
                     ready.append((number, self.unwritten(request)))
             return fitting
@@ -162,20 +162,8 @@ class HFBackend(TokenizedBackend):
 
     def _completion(self, request: Request, row: Row) -> Completion:
         if request.after is None:
-            tokens = tuple(row.tokens)
-            chosen = (int(Provenance.SAMPLED),) * len(tokens)
-            text = self.text(tokens)
-            segment = Segment(
-                request.force or "",
-                tokens,
-                tuple(row.logprobs),
-                chosen,
-                text,
-                row.finish is Finish.STOP,
-                {},
-                self.version,
-            )
-            return Completion((segment,), {}, row.computed, row.finish)
+            found = self.free(request, row.tokens, row.logprobs, row.finish is Finish.STOP)
+            return Completion(*found, row.computed, row.finish)
         ends = [i + 1 for i, token in enumerate(row.tokens) if token in self.closes]
         bounds = [0, *ends] if ends and ends[-1] == len(row.tokens) else [0, *ends, len(row.tokens)]
         segments = tuple(self._segment(request, row, begin, end) for begin, end in itertools.pairwise(bounds))

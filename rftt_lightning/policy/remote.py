@@ -40,7 +40,8 @@ from rftt_lightning.core.contracts import (
     collect,
 )
 from rftt_lightning.core.paths import resolve
-from rftt_lightning.policy.tokenized import TokenizedBackend, end_ids, read_table
+from rftt_lightning.policy.tokenized import TokenizedBackend, read_table
+from rftt_lightning.policy.vocab import end_ids
 
 T = TypeVar("T")
 
@@ -464,15 +465,14 @@ class RemoteBackend(TokenizedBackend):
     def _answer(self, request: Request, halt: threading.Event) -> Completion:
         if len(request.prompt) >= self.limit:
             return self.unwritten(request)
+        request = self.freed(request)
         work = _Writing(request, halt, list(request.prompt))
         return self._free(work) if request.after is None else self._functional(work, request.after)
 
     def _free(self, work: _Writing) -> Completion:
         ids, logprobs, ended = self._content(work, 0, self.ends, self._room(work, 0))
-        chosen = (int(Provenance.SAMPLED),) * len(ids)
-        tag, text = work.request.force or "", self.text(ids)
-        segment = Segment(tag, ids, logprobs, chosen, text, ended, {}, self.version)
-        return Completion((segment,), {}, work.computed, Finish.STOP if ended else self._cut(work))
+        found = self.free(work.request, ids, logprobs, ended)
+        return Completion(*found, work.computed, Finish.STOP if ended else self._cut(work))
 
     def _functional(self, work: _Writing, after: str) -> Completion:
         request = work.request
@@ -705,9 +705,9 @@ def _read_tokenizer(path: str) -> tuple[PreTrainedTokenizerBase, int, list[int],
     where = resolve(path)
     try:
         tokenizer, config = AutoTokenizer.from_pretrained(where), AutoConfig.from_pretrained(where).get_text_config()
-        ends = getattr(config, "eos_token_id", None)
+        ending: Any = config
         with suppress(OSError):  # a model need not have one
-            ends = GenerationConfig.from_pretrained(where).eos_token_id
+            ending = GenerationConfig.from_pretrained(where)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"cannot load tokenizer and config from {path!r}: {reason}") from error
@@ -718,4 +718,4 @@ def _read_tokenizer(path: str) -> tuple[PreTrainedTokenizerBase, int, list[int],
             "vocabulary; give a folder in which both were saved together"
         )
     limit = getattr(config, "max_position_embeddings", None) or 1 << 30
-    return tokenizer, config.vocab_size, end_ids(tokenizer, ends), limit
+    return tokenizer, config.vocab_size, end_ids(tokenizer, ending), limit

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from jinja2 import TemplateError
@@ -15,22 +17,24 @@ from rftt_lightning.core.contracts import (
     Completion,
     Finish,
     Message,
+    Provenance,
     Request,
     Segment,
     UserError,
 )
 from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
-from rftt_lightning.policy.vocab import Vocabulary
-
-NOTHING = TokenTable((), {QUESTION: ()}, {QUESTION: ()})
-"""The table of a model that knows no functional tokens."""
+from rftt_lightning.policy.vocab import NOTHING, Vocabulary, find, text_tags
 
 
 def read_table(tokens: str | None, mask: Sequence[str]) -> TokenTable:
     """The functional-token table of a YAML file (None is the paper's) without the tokens of ``mask``. Raises
-    :class:`UserError` if one of these is not in it."""
+    :class:`UserError` if one of these is not in it, or could not be kept from being written."""
     table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
+    if mask and table.as_text:
+        raise UserError(
+            f"backend.mask names {', '.join(mask)}, but tags of {tokens} are text, which nothing masks; leave it empty"
+        )
     for name in mask:
         if name not in table.names:
             raise UserError(f"backend.mask names {name!r}, which is not among the tokens {', '.join(table.names)}")
@@ -53,9 +57,10 @@ class TokenizedBackend(Backend):
         if batch_size < 1:
             raise UserError(f"backend.batch_size is {batch_size}; it must be at least 1")
         known = tokenizer.get_vocab()
-        taught = any(tag in known for tag in table.tags)  # a base model writes free text only
+        taught = table.as_text or any(tag in known for tag in table.tags)  # a base model writes free text only
         self.tokenizer, self.tokens, self.ends, self.limit, self.batch_size = tokenizer, table, ends, limit, batch_size
         self.vocabulary = Vocabulary(tokenizer, table if taught else NOTHING, width, ends)
+        self._tags = text_tags(tokenizer, table) if table.as_text else {}
         self._chat = lru_cache(maxsize=1 << 10)(self._template)
         self._text = lru_cache(maxsize=1 << 12)(self._detokenize)  # short contents recur
 
@@ -78,6 +83,12 @@ class TokenizedBackend(Backend):
         if not request.prompt or request.max_tokens < 1:
             raise UserError("a request needs a prompt and max_tokens >= 1")
         if request.after is None:
+            return
+        if self.tokens.as_text:
+            if request.after != QUESTION or request.force:
+                raise UserError(
+                    "tags that are text cannot be searched over, whole rollouts can be sampled: set expander.mode to sample"
+                )
             return
         if not self.vocabulary.names:
             raise UserError(
@@ -108,14 +119,47 @@ class TokenizedBackend(Backend):
         segment = Segment(request.force or "", (), (), (), "", False, {}, self.version)
         return Completion((segment,), finish=Finish.CONTEXT)
 
+    def freed(self, request: Request) -> Request:
+        """What is really asked where tags are text: a rollout is free text of no tag, whose budget is that of the path."""
+        if request.after is None or not self.tokens.as_text:
+            return request
+        whole = replace(request.sampling, max_segment_tokens=request.max_tokens)
+        return replace(request, sampling=whole, after=None, force=None)
+
+    def free(
+        self, request: Request, tokens: Sequence[int], logprobs: Sequence[float], ended: bool
+    ) -> tuple[tuple[Segment, ...], dict[str, float]]:
+        """Segments of free text, and the priors before them: one, or as many as are found where tags are text.
+
+        There, what stands in place of a tag, that of a token that the grammar does not let follow included, is a segment
+        without tag that is not closed, to the end. Of the priors only that of the token which was written is known."""
+        if not self._tags or request.force is not None:
+            chosen = (int(Provenance.SAMPLED),) * len(tokens)
+            text = self.text(tokens)
+            segment = Segment(
+                request.force or "", tuple(tokens), tuple(logprobs), chosen, text, ended, {}, self.version
+            )
+            return (segment,), {}
+        tokens, after, at = tuple(tokens), QUESTION, 0
+        found: list[Segment] = []
+        likely: list[dict[str, float]] = []
+        while at < len(tokens) or not found:
+            followers = [(name, *self._tags[name]) for name in self.tokens.legal(after)]
+            written = (follower for follower in followers if tokens[at : at + len(follower[1])] == follower[1])
+            tag, opening, closing = next(written, ("", (), ()))
+            begin = at + len(opening)
+            stop = find(tokens, closing, begin) if tag else None
+            end = len(tokens) if stop is None else stop + len(closing)
+            text = self.text(tokens[begin : end if stop is None else stop])
+            part, chosen = tuple(logprobs[at:end]), (int(Provenance.SAMPLED),) * (end - at)
+            found.append(Segment(tag, tokens[at:end], part, chosen, text, stop is not None, {}, self.version))
+            likely.append({tag: math.exp(sum(part[: len(opening)]))})
+            after, at = tag, end
+        segments = (replace(segment, priors=priors) for segment, priors in zip(found, [*likely[1:], {}], strict=True))
+        return tuple(segments), likely[0]
+
     def text(self, tokens: Sequence[int]) -> str:
         return self._text(tuple(tokens))
 
     def _detokenize(self, tokens: tuple[int, ...]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def end_ids(tokenizer: PreTrainedTokenizerBase, named: int | Sequence[int] | None = None) -> list[int]:
-    """Ids that end the assistant's turn: the tokenizer's, and those that a generation config names."""
-    ids = [named] if isinstance(named, int) else list(named or [])
-    return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})

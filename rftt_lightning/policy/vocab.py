@@ -5,6 +5,7 @@ Shape suffixes: B rows, T tokens, V vocabulary (width of the logits), S grammar 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -94,10 +95,13 @@ def add_functional_tokens(
     only then is the embedding enlarged, and it never shrinks. Input and, if untied, output rows are
     initialised: ``description``: the mean of the rows of the token's description words plus 0.3 standard deviations of noise
     (closing tags: the newline's row, else end of turn, plus 0.5); ``random``: noise of the usual size; ``mean``: the mean of all
-    rows. Rows that start nearly equal are ignored by the model (arXiv 2502.13389 leaves the choice open).
+    rows. Rows that start nearly equal are ignored by the model (arXiv 2502.13389 leaves the choice open). A table whose tags are
+    text needs no rows.
     """
     if init not in INITS:
         raise UserError(f"init is {init!r}; use one of {', '.join(INITS)}")
+    if table.as_text:
+        return []
     known = tokenizer.get_vocab()
     fresh = [tag for tag in table.tags if tag not in known]
     rows = model.get_input_embeddings().weight.shape[0]
@@ -170,6 +174,37 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [i for i in ids if i != tokenizer.unk_token_id]
 
 
+def text_tags(
+    tokenizer: PreTrainedTokenizerBase, table: TokenTable
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Ids of the opening and of the closing tag of each token of a table whose tags are text. Raises :class:`UserError` where
+    they are not read back, or where one opening begins another."""
+    found = {}
+    for token in table.tokens:
+        pair = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in token.text]
+        for text, ids in zip(token.text, pair, strict=True):
+            if "".join(tokenizer.decode(ids, skip_special_tokens=True).split()) != "".join(text.split()) or not {
+                *ids
+            } - {tokenizer.unk_token_id}:
+                raise UserError(
+                    f"the tokenizer does not read {text!r} of {token.name} back (got {ids}); write it another way"
+                )
+        found[token.name] = pair[0], pair[1]
+    opens = sorted((opening, name) for name, (opening, _) in found.items())
+    for (short, name), (long, other) in itertools.pairwise(opens):
+        if long[: len(short)] == short:
+            raise UserError(
+                f"the text of {name} begins that of {other}, so they could not be told apart; write one another way"
+            )
+    return found
+
+
+def find(tokens: tuple[int, ...], part: tuple[int, ...], begin: int = 0) -> int | None:
+    """Where ``part`` first stands in ``tokens``, from ``begin`` on."""
+    places = range(begin, len(tokens) - len(part) + 1)
+    return next((i for i in places if tokens[i : i + len(part)] == part), None)
+
+
 def _words(tokenizer: PreTrainedTokenizerBase, description: str, old: int) -> list[int]:
     """Known ids below ``old`` of the description's words, as they stand at a word's beginning and within a text."""
     words = re.findall(r"[a-z]+", description.lower())
@@ -192,6 +227,10 @@ def check_round_trip(tokenizer: PreTrainedTokenizerBase, table: TokenTable) -> N
             )
 
 
+NOTHING = TokenTable((), {QUESTION: ()}, {QUESTION: ()})
+"""The table of a model that knows no functional tokens."""
+
+
 class Vocabulary:
     """Ids of the functional tokens, and which token the grammar allows in which state.
 
@@ -199,13 +238,17 @@ class Vocabulary:
     comes next. Inside a segment all ordinary tokens and its own closing tag are allowed, at a boundary the opening tags of
     the legal followers, in free text all but functional tokens. Special tokens (end of turn, padding, chat roles) are allowed
     nowhere but for the end of turn in free text. ``allowed_SV`` is bool, ``opens`` and ``closes`` are ids in the table's order.
+
+    Of a table whose tags are text it is the vocabulary of :data:`NOTHING`: a rollout is free text, state 0 throughout.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, table: TokenTable, width: int, ends: Sequence[int] = ()
     ) -> None:
+        self.start = 0 if table.as_text else len(table.tokens) + 1
+        table = NOTHING if table.as_text else table
         check_round_trip(tokenizer, table)
-        self.table, self.names = table, table.names
+        self.names = table.names
         n, known = len(table.tokens), tokenizer.get_vocab()
         self.opens = [known[token.open] for token in table.tokens]
         self.closes = [known[token.close] for token in table.tokens]
@@ -237,8 +280,8 @@ class Vocabulary:
 
     def states(self, tokens_BT: Tensor, first: int | None = None) -> Tensor:
         """Grammar state that governs each response token, [B, T] like the tokens: a function of the ids before it alone.
-        ``first`` is the state before the first one (default: the boundary after the question)."""
-        start = self.boundary(QUESTION) if first is None else first
+        ``first`` is the state before the first one (default: ``start``, the boundary after the question)."""
+        start = self.start if first is None else first
         events_BT = self.after_V.to(tokens_BT.device)[tokens_BT]
         where_BT = torch.where(events_BT >= 0, torch.arange(tokens_BT.shape[1], device=tokens_BT.device), -1)
         last_BT = where_BT.cummax(1).values
@@ -252,6 +295,13 @@ def plain_tokens(tokenizer: PreTrainedTokenizerBase, width: int) -> Tensor:
     plain[list(tokenizer.get_vocab().values())] = True
     plain[list(tokenizer.all_special_ids)] = False
     return plain
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, config: Any) -> list[int]:
+    """Ids that end the assistant's turn: the tokenizer's, and those that a generation config, if there is one, names."""
+    named = getattr(config, "eos_token_id", None)
+    ids = [named] if isinstance(named, int) else list(named or [])
+    return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
 
 
 def masked_log_softmax(logits: Tensor, states: Tensor, allowed_SV: Tensor, temperature: float | Tensor = 1.0) -> Tensor:

@@ -108,6 +108,10 @@ class TokenExpander(Expander):
         _one_of("rule", rule, RULES)
         _check(c, rollouts=rollouts, width=width, max_depth=max_depth, max_tokens=max_tokens)
         self.table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
+        if mode == "tree" and self.table.as_text:
+            raise UserError(
+                f"expander.mode is tree, but the tags of {tokens} are text, over which cannot be searched; set it to sample"
+            )
         self.rollouts, self.sampling, self.children, self.width = rollouts, sampling, children, width
         self.mode, self.max_depth, self.max_tokens, self.c, self.rule = mode, max_depth, max_tokens, c, rule
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rftt_lightning.core.contracts import ProblemSource, Trajectory, UserError
 from rftt_lightning.core.tokens import TokenTable
+from rftt_lightning.policy.vocab import find, text_tags
 from rftt_lightning.search.problems import refuse_overlap
 from rftt_lightning.search.store import read_trajectories
 
@@ -69,30 +70,33 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, table: TokenTable) -> None:
         known = tokenizer.get_vocab()
-        if missing := [tag for tag in table.tags if tag not in known]:
+        if not table.as_text and (missing := [tag for tag in table.tags if tag not in known]):
             raise UserError(f"the tokenizer has no functional token {missing[0]}; add the tokens to it before encoding")
         self.tokenizer, self.table = tokenizer, table
-        self.ids = {tag: known[tag] for tag in table.tags}
-        self.tags = frozenset(self.ids.values())
+        rows = {t.name: ((known[t.open],), (known[t.close],)) for t in table.tokens if not t.text}
+        self.ids = text_tags(tokenizer, table) if table.as_text else rows
+        self.rows = {row for pair in rows.values() for (row,) in pair}
 
     def __call__(self, trajectory: Trajectory) -> Example | None:
         """Ids of the chat-templated question, then ``[open] content [close]`` of each step, then end of turn. Every part is
-        encoded alone, so nothing merges across a tag. None if a content spells a tag: it would be read back as another path."""
+        encoded alone, so nothing merges across a tag. None if a content spells a tag of its own row, or, where tags are text,
+        closes itself: it would be read back as another path."""
         turns = [{"role": "user", "content": trajectory.problem.question}]
         prompt = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        tokens, loss = list(prompt), [False] * len(prompt)
+        tokens, loss, functional = list(prompt), [False] * len(prompt), [False] * len(prompt)
         for (tag, text), train in zip(trajectory.steps, trajectory.train, strict=True):
             if tag not in self.table.names:
                 raise UserError(
                     f"a trajectory of {trajectory.problem.id} has a step {tag!r}, which is not in the token table"
                 )
             content = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if not self.tags.isdisjoint(content):
+            opening, closing = self.ids[tag]
+            if not self.rows.isdisjoint(content) or find((*content, *closing), closing) != len(content):
                 return None
-            step = [self.ids[self.table[tag].open], *content, self.ids[self.table[tag].close]]
-            tokens += step
-            loss += [train] * len(step)
-        functional = [i >= len(prompt) and token in self.tags for i, token in enumerate(tokens)]
+            tokens += [*opening, *content, *closing]
+            flags = [True] * len(opening) + [False] * len(content) + [True] * len(closing)
+            functional += flags
+            loss += [train] * len(flags)
         return Example((*tokens, self.tokenizer.eos_token_id), (*loss, True), (*functional, False))
 
 

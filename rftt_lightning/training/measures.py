@@ -48,6 +48,8 @@ def _count_paths(sums: dict[str, float], paths: Sequence[Rollout]) -> None:
         steps = path.score.steps if path.score else ()
         rewards = path.score.rewards if path.score else ()
         for i, segment in enumerate(path.segments):
+            if f"used/{segment.tag}" not in sums:  # tags are text, and what stands here is none
+                continue
             sums[f"used/{segment.tag}"] += 1
             sums[f"reward/{segment.tag}"] += rewards[i] if i < len(rewards) else 0.0
             if i < len(steps) and (score := steps[i]) is not None:

@@ -103,7 +103,7 @@ def path(rollout: Rollout, table: TokenTable, width: int = 104, lines: int = 60)
     for segment in rollout.segments:
         text = " ".join([*segment.text.split(), *([] if segment.closed else ["… (cut)"])])
         first, *others = textwrap.wrap(text, width) or [""]
-        color = table[segment.tag].color
+        color = table[segment.tag].color if segment.tag in table.names else "#777777"
         rows += [(color, segment.tag, first), *((color, "", other) for other in others)]
     if len(rows) > lines:
         rows = [*rows[: lines - 1], ("#777777", "", f"… {len(rows) - lines + 1} lines more")]

@@ -23,7 +23,7 @@ from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.policy import logprobs, objectives
 from rftt_lightning.policy.adapters import LoRA, adapt
-from rftt_lightning.policy.vocab import Vocabulary, add_functional_tokens, load
+from rftt_lightning.policy.vocab import Vocabulary, add_functional_tokens, end_ids, load
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def collate(rollouts: Sequence[Rollout], vocabulary: Vocabulary) -> RLBatch:
         tokens[row, : len(rollout.prompt) + len(response)] = torch.tensor([*rollout.prompt, *response])
         span = slice(len(rollout.prompt) - 1, len(rollout.prompt) - 1 + len(response))
         mask[row, span] = 1.0
-        states[row, span] = vocabulary.states(torch.tensor([response]))[0]
+        states[row, span] = vocabulary.states(torch.tensor([response], dtype=torch.long))[0]
         provenance[row, span] = torch.tensor([p for segment in rollout.segments for p in segment.provenance])
         behaviour[row, span] = torch.tensor([x for segment in rollout.segments for x in segment.logprobs])
         # outside a tree every segment is a node of its own
@@ -260,8 +260,11 @@ class RLModule(lightning.LightningModule):
         add_functional_tokens(self.model, self.tokenizer, self.table, init, seed)
         logprobs.check_parts(self.model)
         width = self.model.get_output_embeddings().weight.shape[0]
-        self.vocabulary = Vocabulary(self.tokenizer, self.table, width)
+        ends = end_ids(self.tokenizer, self.model.generation_config)
+        self.vocabulary = Vocabulary(self.tokenizer, self.table, width, ends)
         self.register_buffer("allowed_SV", self.vocabulary.allowed_SV, persistent=False)
+        if trainable == "functional_rows" and self.table.as_text:
+            raise UserError("model.trainable is functional_rows, but tags that are text have none; use all or lora")
         rows = [*self.vocabulary.opens, *self.vocabulary.closes]
         self._adapted = [adapt(self.model, rows, trainable, lora, seed)]  # in a list: not a module beside the model
         if gradient_checkpointing:

@@ -158,7 +158,7 @@ def test_each_command_of_a_world_is_understood(overlay, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["rejection", "random", "format_only", "no_checks"])
+@pytest.mark.parametrize("arm", ["rejection", "random", "format_only", "no_checks", "text"])
 def test_an_arm_trains(tmp_path, arm, monkeypatch):
     monkeypatch.chdir(ROOT)
     args = ["rl", "fit", "--config=configs/tiny/rl.yaml", f"--config=experiments/claims/rl_{arm}.yaml"]
