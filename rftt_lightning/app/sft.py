@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning import LightningDataModule, LightningModule, Trainer
@@ -12,14 +14,34 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rftt_lightning.app.command import make_folder, one_line
 from rftt_lightning.app.fit import FitCLI
 from rftt_lightning.core.contracts import UserError
+from rftt_lightning.training import checkpoints
 from rftt_lightning.training.data import TreeDataModule
 from rftt_lightning.training.sft import SFTModule
 
 
 class SFTCLI(FitCLI):
-    """``out`` is the run's folder: TensorBoard events, config.yaml, checkpoints/ and hf/ go there."""
+    """``out`` is the run's folder: TensorBoard events, config.yaml, checkpoints/ and hf/ go there. A run that is started again goes
+    on: ``ckpt_path`` null is the newest of the checkpoints there if there is one, "last" insists on it, "none" begins anew."""
 
     OUT: ClassVar[str] = "runs/sft"
+    NAMED: ClassVar[tuple[str, ...]] = ("last", "none")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
+        super().parse_arguments(parser, args)
+        command, config = self.config.subcommand, self.config[self.config.subcommand]
+        asked = config.ckpt_path
+        if asked == "last" or (asked is None and command == "fit"):
+            saved = sorted(Path(config.out).glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+            if asked and not saved:
+                raise UserError(
+                    f"there is no checkpoint in {config.out}/checkpoints; leave ckpt_path out to begin there"
+                )
+            config.ckpt_path = next(map(str, reversed(saved)), None)
+            if config.ckpt_path:
+                checkpoints.read(config.ckpt_path, self.MARK, "meta")
+        elif asked == "none":
+            config.ckpt_path = None
+        self.asked = self.config.clone()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--out", type=str, default=self.OUT, help="folder of the run's results")

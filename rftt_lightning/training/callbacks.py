@@ -83,7 +83,7 @@ class ExportHF(Callback):
     def __init__(self, folder: str | None = None, dtype: str | None = None) -> None:
         if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise UserError(f"ExportHF: dtype is {dtype!r}; use float32, bfloat16, float16 or null")
-        self.folder, self.dtype = folder, dtype
+        self.folder, self.dtype, self.trained = folder, dtype, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._target(trainer).is_file():  # Transformers would only log it, after all the training
@@ -91,6 +91,20 @@ class ExportHF(Callback):
 
     def _target(self, trainer: Trainer) -> Path:
         return Path(self.folder or Path(trainer.default_root_dir) / "hf")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.trained = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A finished run that goes on is not trained any more, though it may have been killed before its export."""
+        if self.trained:
+            return
+        if not any(isinstance(weight, DTensor) for weight in pl_module.parameters()):
+            self.on_train_end(trainer, pl_module)
+        elif not self._target(trainer).exists():  # the devices' weights are gone by now
+            raise UserError(
+                "this finished run was not exported, and its weights are sharded; use an earlier --ckpt_path"
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         weights = self._whole(trainer, pl_module.model.all_tied_weights_keys)

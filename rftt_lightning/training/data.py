@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import random
+from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import lightning
 import torch
@@ -106,6 +107,13 @@ class Examples:
     def __init__(self) -> None:
         self.tokens, self.loss, self.functional, self.ends = array("i"), bytearray(), bytearray(), array("q", [0])
 
+    def digest(self) -> str:
+        """Of every token and flag: the same examples in the same order or others."""
+        whole = hashlib.blake2b(digest_size=8)
+        for part in (self.tokens, self.loss, self.functional, self.ends):
+            whole.update(part)
+        return whole.hexdigest()
+
     def append(self, example: Example) -> None:
         self.tokens.extend(example.tokens)
         self.loss.extend(example.loss)
@@ -150,10 +158,94 @@ def collate(examples: Sequence[Example], packed: bool, pad: int, denominator: in
     return SFTBatch(*map(torch.tensor, (tokens, positions, loss, functional)), denominator)
 
 
-class Batches:
-    """An endless order of batches, one epoch an iteration, that resumes exactly.
+BatchT = TypeVar("BatchT")
 
-    An epoch's order is a function of ``seed`` and its number. ``size`` examples make a batch; if ``max_tokens`` is given,
+
+class Order(ABC, Generic[BatchT]):
+    """An endless order of batches, one epoch an iteration, that resumes exactly: an epoch's order is a function of ``seed`` and its
+    number. ``examples`` are counted and ``digest`` tells them from others when an order goes on."""
+
+    def __init__(self, seed: int, shuffle: bool, examples: int, digest: str) -> None:
+        self.seed, self.shuffle, self.epoch, self.done = seed, shuffle, 0, 0
+        self._known = {"examples": examples, "digest": digest}
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Batches of one rank in an epoch."""
+
+    @abstractmethod
+    def batches(self, epoch: int, first: int) -> Iterator[BatchT]:
+        """This rank's batches of an epoch, from the ``first`` on."""
+
+    def __iter__(self) -> Iterator[BatchT]:
+        """The batches that are left of the current epoch; of the next one if none is."""
+        if self.done >= len(self):
+            self.epoch, self.done = self.epoch + 1, 0
+        for batch in self.batches(self.epoch, self.done):
+            self.done += 1
+            yield batch
+
+    def shuffled(self, epoch: int, count: int) -> list[int]:
+        order = list(range(count))
+        if self.shuffle:
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        return order
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the order stands. Lightning keeps it in checkpoints."""
+        return {"epoch": self.epoch, "done": self.done, "batches": len(self), **self._known}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        mine = self.state_dict()
+        if any(state[name] != mine[name] for name in ("batches", "examples")):
+            raise UserError(
+                f"the checkpoint was written with {state['examples']} examples in {state['batches']} batches an epoch, now "
+                f"there are {mine['examples']} in {mine['batches']}; resume with the same data and batch size, or start a "
+                "new run (--ckpt_path none)"
+            )
+        if state.get("digest", mine["digest"]) != mine["digest"]:
+            raise UserError(
+                "the checkpoint was written with as many examples, but with others; resume with the same data, or start a new run "
+                "(--ckpt_path none)"
+            )
+        self.epoch, self.done = state["epoch"], state["done"]
+
+
+class OrderedData(lightning.LightningDataModule):
+    """A data module whose training order goes on where a checkpoint left it. Lightning restores a stateful loader itself, but not
+    if the loader was already asked for its length (as schedules do)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._order: Order[Any] | None = None
+        self._resumed: dict[str, Any] | None = None
+
+    def resumable(self, order: Order[BatchT]) -> Order[BatchT]:
+        """Remember the order of training, and let it go on."""
+        self._order = order
+        if self._resumed:
+            order.load_state_dict(self._resumed)
+        return order
+
+    def stop_if_done(self) -> None:
+        """To be called when training starts: after a second resume the Trainer may have counted an epoch too few."""
+        order, epochs = self._order, self.trainer.max_epochs
+        if order and epochs and 0 < epochs <= order.epoch + (order.done >= len(order)):
+            self.trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._order.state_dict() if self._order else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict
+        if self._order:
+            self._order.load_state_dict(state_dict)
+
+
+class Batches(Order[SFTBatch]):
+    """Batches of examples.
+
+    ``size`` examples make a batch; if ``max_tokens`` is given,
     as many as fit in it (padding included), then they are grouped once and the order of the groups is shuffled. Each of
     ``world`` ranks gets every ``world``-th batch; ``accumulate`` batches of each make an optimizer step. Where the last step
     has too few batches for all ranks, the rest get one without loss tokens. ``shuffle=False`` keeps the examples' order
@@ -173,22 +265,17 @@ class Batches:
         world: int = 1,
         accumulate: int = 1,
     ) -> None:
+        super().__init__(seed, shuffle, len(examples), examples.digest() if isinstance(examples, Examples) else "")
         self.examples, self.size, self.max_tokens, self.packed, self.pad = examples, size, max_tokens, packed, pad
-        self.seed, self.shuffle, self.rank, self.world, self.accumulate = seed, shuffle, rank, world, accumulate
-        self.epoch, self.done = 0, 0
+        self.rank, self.world, self.accumulate = rank, world, accumulate
 
     def __len__(self) -> int:
         """Batches of one rank in an epoch."""
         return -(-len(self.groups(0)) // self.world)
 
-    def __iter__(self) -> Iterator[SFTBatch]:
-        """The batches that are left of the current epoch; of the next one if none is."""
-        if self.done >= len(self):
-            self.epoch, self.done = self.epoch + 1, 0
-        groups = self.groups(self.epoch)
-        for index in range(self.done, len(self)):
-            self.done = index + 1
-            yield self.batch(groups, index)
+    def batches(self, epoch: int, first: int) -> Iterator[SFTBatch]:
+        groups = self.groups(epoch)
+        return (self.batch(groups, index) for index in range(first, len(self)))
 
     def batch(self, groups: Sequence[Sequence[int]], index: int) -> SFTBatch:
         """The ``index``-th batch of this rank, its denominator counted over the optimizer step around it."""
@@ -204,14 +291,14 @@ class Batches:
     def groups(self, epoch: int) -> list[list[int]]:
         """Numbers of the examples of each batch of all ranks, in order."""
         if self.max_tokens is None:
-            order = self._order(epoch, len(self.examples))
+            order = self.shuffled(epoch, len(self.examples))
             return [order[i : i + self.size] for i in range(0, len(order), self.size)]
-        return [self._filled[i] for i in self._order(epoch, len(self._filled))]
+        return [self._filled[i] for i in self.shuffled(epoch, len(self._filled))]
 
     @cached_property
     def _filled(self) -> list[list[int]]:
         groups: list[list[int]] = []
-        for i in self._order(-1, len(self.examples)):
+        for i in self.shuffled(-1, len(self.examples)):
             if groups and self._cost([*groups[-1], i]) <= (self.max_tokens or 0):
                 groups[-1].append(i)
             else:
@@ -225,26 +312,6 @@ class Batches:
     def _cost(self, group: Sequence[int]) -> int:
         lengths = [self._lengths[i] for i in group]
         return sum(lengths) if self.packed else max(lengths) * len(lengths)
-
-    def _order(self, epoch: int, count: int) -> list[int]:
-        order = list(range(count))
-        if self.shuffle:
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-        return order
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the order stands. Lightning keeps it in checkpoints."""
-        return {"epoch": self.epoch, "done": self.done, "batches": len(self), "examples": len(self.examples)}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        mine = self.state_dict()
-        if any(state[name] != mine[name] for name in ("batches", "examples")):
-            raise UserError(
-                f"the checkpoint was written with {state['examples']} examples in {state['batches']} batches an epoch, now "
-                f"there are {mine['examples']} in {mine['batches']}; resume with the same data and batch size, or start a "
-                "new run"
-            )
-        self.epoch, self.done = state["epoch"], state["done"]
 
 
 @dataclass(frozen=True)
@@ -262,7 +329,7 @@ class Part:
                 yield trajectory
 
 
-class TreeDataModule(lightning.LightningDataModule):
+class TreeDataModule(OrderedData):
     """Trajectories that curation made from trees. Its trainer's module brings tokenizer and token table. They are read one at
     a time and kept as ids, 6 bytes a token.
 
@@ -303,8 +370,6 @@ class TreeDataModule(lightning.LightningDataModule):
         self.max_length, self.val_fraction, self.seed = max_length, val_fraction, seed
         self.held_out = [] if allow_overlap else held_out
         self.train, self.validation = Part(folder, val_fraction, False), Part(folder, val_fraction, True)
-        self._order: Batches | None = None
-        self._resumed: dict[str, int] | None = None
 
     def setup(self, stage: str) -> None:
         if next(read_trajectories(self.folder), None) is None:
@@ -314,25 +379,12 @@ class TreeDataModule(lightning.LightningDataModule):
             for other in self.held_out:
                 refuse_overlap(list(questions.values()), other.problems())
 
-    def train_dataloader(self) -> Batches:
-        self._order = self._batches("train", self.train, shuffle=True)
-        if self._resumed:
-            self._order.load_state_dict(self._resumed)
-        return self._order
+    def train_dataloader(self) -> Order[SFTBatch]:
+        return self.resumable(self._batches("train", self.train, shuffle=True))
 
     def val_dataloader(self) -> Batches | list[Any]:
         kept = self.val_fraction > 0 and any(True for _ in self.validation)
         return self._batches("validation", self.validation, shuffle=False) if kept else []
-
-    # Lightning restores a stateful loader itself, but not if the loader was already asked for its length (as schedules do).
-
-    def state_dict(self) -> dict[str, int]:
-        return self._order.state_dict() if self._order else {}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._resumed = state_dict
-        if self._order:
-            self._order.load_state_dict(state_dict)
 
     def _batches(self, name: str, trajectories: Iterable[Trajectory], shuffle: bool) -> Batches:
         trainer, module = self.trainer, self.trainer.lightning_module

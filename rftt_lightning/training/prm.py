@@ -6,7 +6,7 @@ Shape suffixes: B rows, T tokens, N ends whose value is learned.
 
 from __future__ import annotations
 
-import random
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from rftt_lightning.core.tree import Tree
 from rftt_lightning.policy.prm import Writer, functional_writer, relative
 from rftt_lightning.policy.vocab import add_functional_tokens, load
 from rftt_lightning.search.store import read_trees
-from rftt_lightning.training.data import share_of
+from rftt_lightning.training.data import Order, OrderedData, share_of
 from rftt_lightning.training.sft import SCHEDULES, scheduled_adamw
 
 ESTIMATES = ("soft", "hard")
@@ -121,15 +121,16 @@ def collate(paths: Sequence[ValuedPath], pad: int) -> PRMBatch:
     return PRMBatch(tokens_BT, learned_BT, torch.tensor(values), tuple(paths))
 
 
-class PathBatches:
-    """Batches of paths of like length, of at most ``batch_tokens`` positions with padding; their order is shuffled anew each epoch
-    (a function of ``seed`` and its number), or kept. Each of ``world`` ranks gets every ``world``-th, and as many as the others."""
+class PathBatches(Order[PRMBatch]):
+    """Batches of paths of like length, of at most ``batch_tokens`` positions with padding; their order is shuffled anew each epoch,
+    or kept. Each of ``world`` ranks gets every ``world``-th, and as many as the others."""
 
     def __init__(
         self, paths: Sequence[ValuedPath], batch_tokens: int, pad: int, seed: int, shuffle: bool, rank: int, world: int
     ) -> None:
-        self.paths, self.pad, self.seed, self.shuffle, self.rank, self.world = paths, pad, seed, shuffle, rank, world
-        self.epoch = 0
+        said = repr([(path.tokens, path.ends, path.values) for path in paths]).encode()
+        super().__init__(seed, shuffle, len(paths), hashlib.blake2b(said, digest_size=8).hexdigest())
+        self.paths, self.pad, self.rank, self.world = paths, pad, rank, world
         self.groups: list[list[int]] = []
         for i in sorted(range(len(paths)), key=lambda i: len(paths[i].tokens)):
             if not self.groups or (len(self.groups[-1]) + 1) * len(paths[i].tokens) > batch_tokens:
@@ -137,19 +138,15 @@ class PathBatches:
             self.groups[-1].append(i)
 
     def __len__(self) -> int:
-        """Batches of one rank."""
         return max(len(self.groups) // self.world, 1)
 
-    def __iter__(self) -> Iterator[PRMBatch]:
-        order = list(range(len(self.groups)))
-        if self.shuffle:
-            random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
-        self.epoch += 1
-        for place in range(self.rank, len(self) * self.world, self.world):
+    def batches(self, epoch: int, first: int) -> Iterator[PRMBatch]:
+        order = self.shuffled(epoch, len(self.groups))
+        for place in range(self.rank + first * self.world, len(self) * self.world, self.world):
             yield collate([self.paths[i] for i in self.groups[order[place % len(order)]]], self.pad)
 
 
-class ValueDataModule(lightning.LightningDataModule):
+class ValueDataModule(OrderedData):
     """Paths of stored trees with Monte-Carlo values. A problem is in training or in validation, never in both.
 
     Args:
@@ -218,10 +215,10 @@ class ValueDataModule(lightning.LightningDataModule):
         rank_zero_info(f"{dropped} paths dropped: longer than {limit} tokens")
         self.paths = found
 
-    def train_dataloader(self) -> PathBatches:
+    def train_dataloader(self) -> Order[PRMBatch]:
         self._read()
         learned = [path for path in self.paths["train"] if any(v is not None for v in path.values)]
-        return self._batches(learned, shuffle=True)
+        return self.resumable(self._batches(learned, shuffle=True))
 
     def val_dataloader(self) -> PathBatches:
         self._read()
@@ -289,6 +286,9 @@ class PRMModule(lightning.LightningModule):
         )
         add_functional_tokens(self.model, self.tokenizer, self.table, seed=settings.seed)
         self.model.train()
+
+    def on_train_start(self) -> None:
+        self.trainer.datamodule.stop_if_done()
 
     # -- loss ------------------------------------------------------------------------------------------------------------
 

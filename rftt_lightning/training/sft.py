@@ -166,6 +166,9 @@ class SFTModule(lightning.LightningModule):
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh)
 
+    def on_train_start(self) -> None:
+        self.trainer.datamodule.stop_if_done()
+
     # -- loss ------------------------------------------------------------------------------------------------------------
 
     def compute(self, batch: SFTBatch) -> SFTOutcome:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -220,7 +221,7 @@ def test_sft_writes_everything_below_out_and_its_config_repeats_it(world, tmp_pa
     assert any(name.startswith("events") for name in names)
     first = (out / "hf" / "model.safetensors").read_bytes()
     saved = (out / "config.yaml").read_text()
-    assert cli.main(["sft", "fit", "--config", str(out / "config.yaml")]) == 0
+    assert cli.main(["sft", "fit", "--config", str(out / "config.yaml"), "--ckpt_path=none"]) == 0
     assert (out / "hf" / "model.safetensors").read_bytes() == first
     assert yaml.safe_load((out / "config.yaml").read_text()) == yaml.safe_load(saved)
     assert cli.main(sft(world, tmp_path / "other", "--seed_everything", 1)) == 0
@@ -255,6 +256,66 @@ def test_the_saved_config_is_that_of_the_run_whose_results_are_there(world, tmp_
 class Impatient(Callback):
     def on_train_batch_end(self, *args):
         raise KeyboardInterrupt
+
+
+class Stopped(Callback):
+    """Ends the process's training as a kill would, after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.steps:
+            raise RuntimeError("killed")
+
+
+def kept(*more):
+    """Callbacks of a run that saves each step, and perhaps does not live long."""
+    saving = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"every_n_train_steps": 1, "save_last": True},
+    }
+    export = {"class_path": "rftt_lightning.training.callbacks.ExportHF"}
+    return f"--trainer.callbacks={json.dumps([*more, export, saving])}"
+
+
+def stopped(steps):
+    return {"class_path": "test_cli.Stopped", "init_args": {"steps": steps}}
+
+
+def test_sft_that_is_started_again_goes_on(world, tmp_path, capfd):
+    """To the weights of the straight run; "none" begins anew, and what is not the same run is refused."""
+    two = ("--trainer.max_epochs", 2)
+    assert cli.main(sft(world, tmp_path / "straight", *two, kept())) == 0
+    straight = (tmp_path / "straight" / "hf" / "model.safetensors").read_bytes()
+    out = tmp_path / "out"
+    for steps in (2, 3):  # the second time it begins after the first
+        assert cli.main(sft(world, out, *two, kept(stopped(steps)))) == 1
+        assert "RuntimeError: killed" in capfd.readouterr().err
+    assert cli.main(sft(world, out, *two, kept(), "--model.lr=0.5")) == 2
+    assert "model.lr=0.003, now it is 0.5" in capfd.readouterr().err
+    assert cli.main(sft(world, out, *two, kept())) == 0
+    assert (out / "hf" / "model.safetensors").read_bytes() == straight
+    shutil.rmtree(out / "hf")  # killed before its export, though all steps are done
+    assert cli.main(sft(world, out, *two, kept(stopped(1)))) == 0
+    assert (out / "hf" / "model.safetensors").read_bytes() == straight
+    assert cli.main(sft(world, out, *two, kept(stopped(1)), "--ckpt_path=none")) == 1
+    assert cli.main(sft(world, tmp_path / "new", "--ckpt_path=last")) == 2
+    assert "there is no checkpoint in" in capfd.readouterr().err
+
+
+def test_a_finished_run_is_left_as_it_is(world, tmp_path):
+    assert cli.main(sft(world, tmp_path)) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    assert cli.main(sft(world, tmp_path)) == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == before
+
+
+def test_a_damaged_checkpoint_is_not_begun_from(world, tmp_path, capfd):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"torn")
+    assert cli.main(sft(world, tmp_path)) == 2
+    assert "last.ckpt is no checkpoint, or a damaged one" in capfd.readouterr().err
 
 
 def test_interrupted_sft(world, tmp_path, capsys):

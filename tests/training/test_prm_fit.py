@@ -174,6 +174,9 @@ def test_batches_are_bounded_complete_and_shuffled(module):
         assert batch.tokens_BT.numel() <= 200 or len(batch.paths) == 1
     again = PathBatches(paths, 200, 0, seed=0, shuffle=True, rank=0, world=1)
     assert [batch.paths for batch in again] == first
+    for done in (0, 3, len(order)):
+        again.load_state_dict({**order.state_dict(), "epoch": 0, "done": done})
+        assert [batch.paths for batch in again] == (first[done:] or second)
     ranks = [list(PathBatches(paths, 200, 0, 0, True, rank, 2)) for rank in range(2)]
     assert len(ranks[0]) == len(ranks[1]) == len(first) // 2
     assert not {id(p) for b in ranks[0] for p in b.paths} & {id(p) for b in ranks[1] for p in b.paths}

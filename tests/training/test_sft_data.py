@@ -2,6 +2,7 @@ import json
 import random
 import sys
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -175,11 +176,24 @@ def test_order_hangs_on_seed_and_epoch_alone_and_resumes_anywhere():
     assert tokens(Batches(many(), 4, seed=2)) != epochs[0]
     for done in (0, 1, 7, len(straight)):
         resumed = Batches(many(), 4, seed=1)
-        resumed.load_state_dict({"epoch": 1, "done": done, "batches": len(straight), "examples": len(many())})
+        resumed.load_state_dict({**straight.state_dict(), "epoch": 1, "done": done})
         rest = tokens(resumed)
         assert rest == (epochs[1][done:] or epochs[2])
     with pytest.raises(UserError, match="same data and batch size"):
         Batches(many(), 5, seed=1).load_state_dict(straight.state_dict())
+
+
+def test_an_order_goes_on_with_the_same_examples_alone(tokenizer):
+    def order(paths):
+        return Batches(encode_all(paths, Encoder(tokenizer, TABLE), 512)[0], 4)
+
+    paths = trajectories(20)
+    changed = [*paths[:-1], replace(paths[-1], train=(False,) * len(paths[-1].train))]  # as long, other loss
+    state = order(paths).state_dict()
+    order(paths).load_state_dict(state)
+    for others in (changed, paths[::-1]):
+        with pytest.raises(UserError, match="as many examples, but with others"):
+            order(others).load_state_dict(state)
 
 
 def test_accumulated_batches_are_the_same_examples():
