@@ -177,15 +177,15 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def text_tags(
     tokenizer: PreTrainedTokenizerBase, table: TokenTable
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Ids of the opening and of the closing tag of each token of a table whose tags are text. Raises :class:`UserError` where
-    they are not read back, or where one opening begins another."""
+    """Ids of the opening and of the closing tag of each token of a table whose tags are text, as SFT writes them: encoded alone. A
+    model that merges a tag with its neighbours has not written it. Raises :class:`UserError` where they are not read back, or
+    where one opening begins another."""
     found = {}
     for token in table.tokens:
         pair = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in token.text]
         for text, ids in zip(token.text, pair, strict=True):
-            if "".join(tokenizer.decode(ids, skip_special_tokens=True).split()) != "".join(text.split()) or not {
-                *ids
-            } - {tokenizer.unk_token_id}:
+            said = tokenizer.decode(ids, skip_special_tokens=True)
+            if said.split() != text.split() or {*ids} <= {tokenizer.unk_token_id}:
                 raise UserError(
                     f"the tokenizer does not read {text!r} of {token.name} back (got {ids}); write it another way"
                 )

@@ -6,6 +6,8 @@ import random
 import pytest
 import torch
 import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from rftt_lightning.core.contracts import (
     QUESTION,
@@ -169,6 +171,27 @@ def test_training_sees_the_distribution_that_was_sampled_from(path, tokenizer, t
     with torch.no_grad():
         found, _ = module.log_probs(batch)
     torch.testing.assert_close(found, batch.behaviour_BT, atol=1e-4, rtol=0)
+
+
+def test_the_paper_s_tags_as_text_of_a_byte_level_tokenizer(tmp_path):
+    """The way it would be done with a real model; contents may hold what looks like a tag of another kind."""
+    corpus = ["a < b and b > c </p>", "next step: verify the output, refine"] * 50
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.chat_template = build_tokenizer([]).chat_template
+    tags = {name: [f"<{name}>", f"</{name}>"] for name in TokenTable.from_yaml().names}
+    table = TokenTable.from_yaml(write_table(tmp_path, tags))
+    backend = HFBackend.live(build(tokenizer), tokenizer, table)
+    steps = (Step("next_step", "a < b > c </p>"), Step("verify", " 3 <verify> 4\n"), Step("output", "ünïcode 猫"))
+    example = Encoder(tokenizer, table)(Trajectory(Problem("p", "?"), steps, (True,) * 3, "plain"))
+    response = [t for t, learned in zip(example.tokens, example.loss, strict=True) if learned][:-1]
+    segments, _ = backend.free(Request((1,), 0, 9), response, [0.0] * len(response), True)
+    assert tuple(segment.step for segment in segments) == steps
+    closed = Step("next_step", "a</next_step>b")
+    assert Encoder(tokenizer, table)(Trajectory(Problem("p", "?"), (closed,), (True,), "plain")) is None
 
 
 def test_no_rows_are_added(path, tokenizer):
