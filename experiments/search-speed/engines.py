@@ -13,8 +13,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 from rftt_lightning.core.contracts import Completion, Finish, Provenance, Request, Segment, collect
 from rftt_lightning.core.tokens import TokenTable
-from rftt_lightning.policy.tokenized import TokenizedBackend, end_ids
-from rftt_lightning.policy.vocab import masked_log_softmax
+from rftt_lightning.policy.tokenized import TokenizedBackend
+from rftt_lightning.policy.vocab import end_ids, masked_log_softmax
 
 
 @dataclass
@@ -60,7 +60,7 @@ class SegmentBackend(TokenizedBackend):
     ) -> None:
         width = model.get_output_embeddings().weight.shape[0]
         limit = model.config.max_position_embeddings
-        self._bind(tokenizer, table, width, end_ids(tokenizer), limit, batch_size)
+        self._bind(tokenizer, table, width, end_ids(tokenizer, None), limit, batch_size)
         self.model = model.eval()
         model.register_forward_pre_hook(self._begin)
         model.register_forward_hook(self._end)

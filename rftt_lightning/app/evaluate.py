@@ -135,7 +135,7 @@ def _greedy(
         "seconds_per_problem": seconds / n,
         "complete": sum(r.complete for r in answers) / n,
         "functional_tokens_per_answer": {
-            name: use[name] / n for name in (*table.names, *(set(use) - set(table.names)))
+            name or "no tag": use[name] / n for name in (*table.names, *(set(use) - set(table.names)))
         },
         **_repairs(answers, source, table, checks),
     }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -19,29 +20,52 @@ from rftt_lightning.training.data import TreeDataModule
 from rftt_lightning.training.sft import SFTModule
 
 
+class Forget(Callback):
+    """Removes files when training starts."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for file in self.files if trainer.is_global_zero else ():
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def saved_in(out: str) -> list[Path]:
+    """The checkpoints of a run, the newest last."""
+    return sorted(Path(out).glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+
+
 class SFTCLI(FitCLI):
-    """``out`` is the run's folder: TensorBoard events, config.yaml, checkpoints/ and hf/ go there. A run that is started again goes
-    on: ``ckpt_path`` null is the newest of the checkpoints there if there is one, "last" insists on it, "none" begins anew."""
+    """``out`` is the run's folder: TensorBoard events, config.yaml, checkpoints/ and hf/ go there.
+
+    A ``fit`` that is started again goes on: ``ckpt_path`` null is the newest of ``out/checkpoints`` if there is one, "last" insists
+    on it, "none" begins anew. To ``validate``, null is the model as it is.
+    """
 
     OUT: ClassVar[str] = "runs/sft"
     NAMED: ClassVar[tuple[str, ...]] = ("last", "none")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
         super().parse_arguments(parser, args)
-        command, config = self.config.subcommand, self.config[self.config.subcommand]
-        asked = config.ckpt_path
-        if asked == "last" or (asked is None and command == "fit"):
-            saved = sorted(Path(config.out).glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
-            if asked and not saved:
+        config = self.config[self.config.subcommand]
+        if config.ckpt_path == "last" or (config.ckpt_path is None and self.config.subcommand == "fit"):
+            newest = next(reversed(saved_in(config.out)), None)
+            if config.ckpt_path and not newest:
                 raise UserError(
                     f"there is no checkpoint in {config.out}/checkpoints; leave ckpt_path out to begin there"
                 )
-            config.ckpt_path = next(map(str, reversed(saved)), None)
-            if config.ckpt_path:
-                checkpoints.read(config.ckpt_path, self.MARK, "meta")
-        elif asked == "none":
-            config.ckpt_path = None
+            config.ckpt_path = str(newest) if newest else None
+            if newest:
+                checkpoints.read(newest, self.MARK, "meta")
         self.asked = self.config.clone()
+
+    def before_fit(self) -> None:
+        """What "none" leaves behind must not be gone on from later; it stays until training really begins."""
+        settings = self.config_init.fit
+        if settings.ckpt_path == "none":
+            self.trainer.callbacks.append(Forget(saved_in(settings.out)))
+            settings.ckpt_path = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--out", type=str, default=self.OUT, help="folder of the run's results")

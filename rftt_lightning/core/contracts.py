@@ -119,7 +119,8 @@ class Segment:
     temperature, top-p and pruning included; for a forced token they are those of the same distribution before
     pruning. ``provenance`` holds :class:`Provenance` values. All three have one length.
     ``priors`` are the policy's probabilities (sum 1) of the legal functional tokens that may follow; empty if the
-    segment is terminal or not closed, and in phase 1. ``version`` counts the policy updates before it was written.
+    segment is terminal or not closed, and in phase 1. Where tags are text only that of the one which follows is known, and what
+    follows may be no tag (``""``). ``version`` counts the policy updates before it was written.
 
     >>> Segment("output", (130, 7, 146), (-0.1, -0.2, 0.0), (0, 0, 0), text="7", closed=True)  # doctest: +ELLIPSIS
     Segment(tag='output', ...)

@@ -16,13 +16,11 @@ DEFAULT_TABLE = Path(__file__).with_name("tokens.yaml")
 
 @dataclass(frozen=True)
 class FunctionalToken:
-    """``FunctionalToken("verify", "verify and check the steps so far", "#e15759")``. ``text`` is how the opening and the closing
-    tag are written where tags are ordinary text; empty where they are rows of the vocabulary."""
+    """``FunctionalToken("verify", "verify and check the steps so far", "#e15759")``, whose tags are rows of the vocabulary."""
 
     name: str
     description: str
     color: str = "#777777"
-    text: Sequence[str] = ()
 
     @property
     def open(self) -> str:
@@ -31,6 +29,13 @@ class FunctionalToken:
     @property
     def close(self) -> str:
         return f"</{self.name}>"
+
+
+@dataclass(frozen=True)
+class TextToken(FunctionalToken):
+    """A functional token whose opening and closing tag are ordinary text, written as ``text`` says."""
+
+    text: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class TokenTable:
         path = Path(path or DEFAULT_TABLE)
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8"))
-            tokens = tuple(FunctionalToken(**entry) for entry in data["tokens"])
+            tokens = tuple((TextToken if "text" in entry else FunctionalToken)(**entry) for entry in data["tokens"])
             tables = [{k: tuple(v or ()) for k, v in data[part].items()} for part in ("grammar", "prompted")]
             table = cls(tokens, *tables)
             table._check(path)  # within: what is no word or no list at all shows here as a TypeError
@@ -75,9 +80,11 @@ class TokenTable:
             raise UserError(
                 f"{path}: token names must be distinct lower-case words, none of them {QUESTION!r}; got {names}"
             )
-        texts = [token.text for token in self.tokens]
-        pairs = [isinstance(t, list) and len(t) == 2 and all(isinstance(s, str) and s for s in t) for t in texts]
-        if any(texts) and not all(pairs):
+        pairs = [
+            isinstance(t, list) and len(t) == 2 and all(isinstance(s, str) and s for s in t)
+            for t in self.texts.values()
+        ]
+        if self.as_text and not (all(pairs) and len(pairs) == len(names)):
             raise UserError(
                 f'{path}: text must be how the opening and the closing tag are written, ["<verify>", "</verify>"] say, of each '
                 "token or of none"
@@ -105,9 +112,14 @@ class TokenTable:
         return tuple(token.name for token in self.tokens)
 
     @property
+    def texts(self) -> dict[str, Sequence[str]]:
+        """How the two tags of each token are written, if they are ordinary text."""
+        return {token.name: token.text for token in self.tokens if isinstance(token, TextToken)}
+
+    @property
     def as_text(self) -> bool:
         """Are tags ordinary text, not rows of the vocabulary?"""
-        return any(token.text for token in self.tokens)
+        return bool(self.texts)
 
     @property
     def tags(self) -> tuple[str, ...]:

@@ -132,7 +132,8 @@ class TokenizedBackend(Backend):
         """Segments of free text, and the priors before them: one, or as many as are found where tags are text.
 
         There, what stands in place of a tag, that of a token that the grammar does not let follow included, is a segment
-        without tag that is not closed, to the end. Of the priors only that of the token which was written is known."""
+        without tag that is not closed, to the end; after the segments that are asked for nothing is read. Of the priors only that
+        of the token which was written is known."""
         if not self._tags or request.force is not None:
             chosen = (int(Provenance.SAMPLED),) * len(tokens)
             text = self.text(tokens)
@@ -143,7 +144,7 @@ class TokenizedBackend(Backend):
         tokens, after, at = tuple(tokens), QUESTION, 0
         found: list[Segment] = []
         likely: list[dict[str, float]] = []
-        while at < len(tokens) or not found:
+        while (at < len(tokens) and len(found) != request.segments) or not found:
             followers = [(name, *self._tags[name]) for name in self.tokens.legal(after)]
             written = (follower for follower in followers if tokens[at : at + len(follower[1])] == follower[1])
             tag, opening, closing = next(written, ("", (), ()))

@@ -181,15 +181,15 @@ def text_tags(
     model that merges a tag with its neighbours has not written it. Raises :class:`UserError` where they are not read back, or
     where one opening begins another."""
     found = {}
-    for token in table.tokens:
-        pair = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in token.text]
-        for text, ids in zip(token.text, pair, strict=True):
+    for name, texts in table.texts.items():
+        pair = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        for text, ids in zip(texts, pair, strict=True):
             said = tokenizer.decode(ids, skip_special_tokens=True)
             if said.split() != text.split() or {*ids} <= {tokenizer.unk_token_id}:
                 raise UserError(
-                    f"the tokenizer does not read {text!r} of {token.name} back (got {ids}); write it another way"
+                    f"the tokenizer does not read {text!r} of {name} back (got {ids}); write it another way"
                 )
-        found[token.name] = pair[0], pair[1]
+        found[name] = pair[0], pair[1]
     opens = sorted((opening, name) for name, (opening, _) in found.items())
     for (short, name), (long, other) in itertools.pairwise(opens):
         if long[: len(short)] == short:

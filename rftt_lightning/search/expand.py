@@ -78,7 +78,8 @@ class TokenExpander(Expander):
     """Functional-token-guided search (arXiv 2502.13389, section 3.3).
 
     Args:
-        tokens: functional-token table (YAML); None is the paper's.
+        tokens: functional-token table (YAML); None is the paper's. If its tags are text, rollouts are free text: mode must be
+            sample, and of the sampling only temperature and top_p act.
         rollouts: rollouts a problem.
         sampling: how contents and, in simulation, functional tokens are drawn.
         children: ``"legal"``: one child for each legal functional token, in order of probability (the paper's rule);
@@ -146,7 +147,7 @@ class TokenExpander(Expander):
 
     def _child(self, tree: Tree, node: int, taken: Segment, priors: Mapping[str, float], rng: random.Random) -> int:
         """Plan the children of ``node`` and return the one that the policy itself took."""
-        chosen = Provenance(taken.provenance[0])
+        chosen = Provenance(taken.provenance[0]) if taken.tokens else Provenance.SAMPLED  # free text may be empty
         first = Plan(taken.tag, priors[taken.tag], chosen)
         if self.mode == "sample":
             return tree.plan(node, [first])[0]

@@ -136,7 +136,7 @@ def log_use(writer: SummaryWriter, name: str, paths: Iterable[Sequence[Step]], t
     for path in paths:
         used.update(tag for tag, _ in path)
         answers += 1
-    if not used:
+    if not any(used[tag] for tag in table.names):  # none where tags are text that is not learned yet
         return
     for tag in table.names:
         writer.add_scalar(f"functional_tokens_{name}/{tag}", used[tag] / answers, step)

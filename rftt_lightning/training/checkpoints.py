@@ -22,13 +22,15 @@ def read(path: str | Path, mark: str, device: torch.device | str) -> dict[str, A
     has. Raises :class:`UserError` if it cannot be read, or is of another kind."""
     file = Path(path) / META if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise UserError(f"no checkpoint at {path}; give a file of an earlier run, or null")
+        raise UserError(f"no checkpoint at {path}; give a file of an earlier run, or none to begin anew")
     try:
         state = torch.load(file, map_location=device, weights_only=True, mmap=str(device) == "meta")
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is no checkpoint, or a damaged one; give a file of an earlier run, or null") from error
+        raise UserError(
+            f"{path} is no checkpoint, or a damaged one; give a file of an earlier run, or none to begin anew"
+        ) from error
     if not isinstance(state, dict) or mark not in state:
-        raise UserError(f"{path} is no checkpoint of this command; give a file that it wrote, or null")
+        raise UserError(f"{path} is no checkpoint of this command; give a file that it wrote, or none to begin anew")
     return state
 
 

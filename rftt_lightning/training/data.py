@@ -6,16 +6,13 @@ Shape suffixes: B rows, T tokens.
 from __future__ import annotations
 
 import hashlib
-import random
-from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -26,6 +23,7 @@ from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.policy.vocab import find, text_tags
 from rftt_lightning.search.problems import refuse_overlap
 from rftt_lightning.search.store import read_trajectories
+from rftt_lightning.training.resume import Order, OrderedData
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,9 @@ class Encoder:
         if not table.as_text and (missing := [tag for tag in table.tags if tag not in known]):
             raise UserError(f"the tokenizer has no functional token {missing[0]}; add the tokens to it before encoding")
         self.tokenizer, self.table = tokenizer, table
-        rows = {t.name: ((known[t.open],), (known[t.close],)) for t in table.tokens if not t.text}
-        self.ids = text_tags(tokenizer, table) if table.as_text else rows
+        tokens = () if table.as_text else table.tokens
+        rows = {token.name: ((known[token.open],), (known[token.close],)) for token in tokens}
+        self.pairs = text_tags(tokenizer, table) if table.as_text else rows
         self.rows = {row for pair in rows.values() for (row,) in pair}
 
     def __call__(self, trajectory: Trajectory) -> Example | None:
@@ -91,7 +90,7 @@ class Encoder:
                     f"a trajectory of {trajectory.problem.id} has a step {tag!r}, which is not in the token table"
                 )
             content = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            opening, closing = self.ids[tag]
+            opening, closing = self.pairs[tag]
             if not self.rows.isdisjoint(content) or find((*content, *closing), closing) != len(content):
                 return None
             tokens += [*opening, *content, *closing]
@@ -158,90 +157,6 @@ def collate(examples: Sequence[Example], packed: bool, pad: int, denominator: in
     return SFTBatch(*map(torch.tensor, (tokens, positions, loss, functional)), denominator)
 
 
-BatchT = TypeVar("BatchT")
-
-
-class Order(ABC, Generic[BatchT]):
-    """An endless order of batches, one epoch an iteration, that resumes exactly: an epoch's order is a function of ``seed`` and its
-    number. ``examples`` are counted and ``digest`` tells them from others when an order goes on."""
-
-    def __init__(self, seed: int, shuffle: bool, examples: int, digest: str) -> None:
-        self.seed, self.shuffle, self.epoch, self.done = seed, shuffle, 0, 0
-        self._known = {"examples": examples, "digest": digest}
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Batches of one rank in an epoch."""
-
-    @abstractmethod
-    def batches(self, epoch: int, first: int) -> Iterator[BatchT]:
-        """This rank's batches of an epoch, from the ``first`` on."""
-
-    def __iter__(self) -> Iterator[BatchT]:
-        """The batches that are left of the current epoch; of the next one if none is."""
-        if self.done >= len(self):
-            self.epoch, self.done = self.epoch + 1, 0
-        for batch in self.batches(self.epoch, self.done):
-            self.done += 1
-            yield batch
-
-    def shuffled(self, epoch: int, count: int) -> list[int]:
-        order = list(range(count))
-        if self.shuffle:
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-        return order
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the order stands. Lightning keeps it in checkpoints."""
-        return {"epoch": self.epoch, "done": self.done, "batches": len(self), **self._known}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        mine = self.state_dict()
-        if any(state[name] != mine[name] for name in ("batches", "examples")):
-            raise UserError(
-                f"the checkpoint was written with {state['examples']} examples in {state['batches']} batches an epoch, now "
-                f"there are {mine['examples']} in {mine['batches']}; resume with the same data and batch size, or start a "
-                "new run (--ckpt_path none)"
-            )
-        if state.get("digest", mine["digest"]) != mine["digest"]:
-            raise UserError(
-                "the checkpoint was written with as many examples, but with others; resume with the same data, or start a new run "
-                "(--ckpt_path none)"
-            )
-        self.epoch, self.done = state["epoch"], state["done"]
-
-
-class OrderedData(lightning.LightningDataModule):
-    """A data module whose training order goes on where a checkpoint left it. Lightning restores a stateful loader itself, but not
-    if the loader was already asked for its length (as schedules do)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._order: Order[Any] | None = None
-        self._resumed: dict[str, Any] | None = None
-
-    def resumable(self, order: Order[BatchT]) -> Order[BatchT]:
-        """Remember the order of training, and let it go on."""
-        self._order = order
-        if self._resumed:
-            order.load_state_dict(self._resumed)
-        return order
-
-    def stop_if_done(self) -> None:
-        """To be called when training starts: after a second resume the Trainer may have counted an epoch too few."""
-        order, epochs = self._order, self.trainer.max_epochs
-        if order and epochs and 0 < epochs <= order.epoch + (order.done >= len(order)):
-            self.trainer.should_stop = True
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._order.state_dict() if self._order else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._resumed = state_dict
-        if self._order:
-            self._order.load_state_dict(state_dict)
-
-
 class Batches(Order[SFTBatch]):
     """Batches of examples.
 
@@ -265,7 +180,9 @@ class Batches(Order[SFTBatch]):
         world: int = 1,
         accumulate: int = 1,
     ) -> None:
-        super().__init__(seed, shuffle, len(examples), examples.digest() if isinstance(examples, Examples) else "")
+        digest = examples.digest() if isinstance(examples, Examples) else ""
+        sizes = {"batch_size": size, "max_tokens": max_tokens, "packing": packed}
+        super().__init__(seed, shuffle, {"examples": f"{len(examples)} {digest}", **sizes})
         self.examples, self.size, self.max_tokens, self.packed, self.pad = examples, size, max_tokens, packed, pad
         self.rank, self.world, self.accumulate = rank, world, accumulate
 

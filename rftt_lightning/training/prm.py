@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -28,7 +27,8 @@ from rftt_lightning.core.tree import Tree
 from rftt_lightning.policy.prm import Writer, functional_writer, relative
 from rftt_lightning.policy.vocab import add_functional_tokens, load
 from rftt_lightning.search.store import read_trees
-from rftt_lightning.training.data import Order, OrderedData, share_of
+from rftt_lightning.training.data import share_of
+from rftt_lightning.training.resume import Order, OrderedData, ResumableModule
 from rftt_lightning.training.sft import SCHEDULES, scheduled_adamw
 
 ESTIMATES = ("soft", "hard")
@@ -129,7 +129,8 @@ class PathBatches(Order[PRMBatch]):
         self, paths: Sequence[ValuedPath], batch_tokens: int, pad: int, seed: int, shuffle: bool, rank: int, world: int
     ) -> None:
         said = repr([(path.tokens, path.ends, path.values) for path in paths]).encode()
-        super().__init__(seed, shuffle, len(paths), hashlib.blake2b(said, digest_size=8).hexdigest())
+        digest = hashlib.blake2b(said, digest_size=8).hexdigest()
+        super().__init__(seed, shuffle, {"paths": f"{len(paths)} {digest}", "batch_tokens": batch_tokens})
         self.paths, self.pad, self.rank, self.world = paths, pad, rank, world
         self.groups: list[list[int]] = []
         for i in sorted(range(len(paths)), key=lambda i: len(paths[i].tokens)):
@@ -230,7 +231,7 @@ class ValueDataModule(OrderedData):
         return PathBatches(paths, self.batch_tokens, pad, self.seed, shuffle, rank, world)
 
 
-class PRMModule(lightning.LightningModule):
+class PRMModule(ResumableModule):
     """A step scorer that learns :class:`PRMBatch` es: cross-entropy against the values, at the ends alone.
 
     Args:
@@ -267,6 +268,10 @@ class PRMModule(lightning.LightningModule):
             )
         self.save_hyperparameters()
         self.table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
+        if self.table.as_text:
+            raise UserError(
+                f"the tags of {tokens} are text, and a PRM is asked at closing tokens; give a table without text"
+            )
         self.model: PreTrainedModel | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.held_out: list[Held] = []
@@ -286,9 +291,6 @@ class PRMModule(lightning.LightningModule):
         )
         add_functional_tokens(self.model, self.tokenizer, self.table, seed=settings.seed)
         self.model.train()
-
-    def on_train_start(self) -> None:
-        self.trainer.datamodule.stop_if_done()
 
     # -- loss ------------------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.policy.vocab import add_functional_tokens, load
 from rftt_lightning.training.data import SFTBatch
+from rftt_lightning.training.resume import ResumableModule
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda part: 1.0,
@@ -88,7 +89,7 @@ class TokenMetrics(nn.Module):
         return {name: value for name, value in values.items() if not value.isnan()}
 
 
-class SFTModule(lightning.LightningModule):
+class SFTModule(ResumableModule):
     """A causal LM that learns the response tokens of :class:`SFTBatch` es.
 
     Args:
@@ -166,9 +167,6 @@ class SFTModule(lightning.LightningModule):
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh)
 
-    def on_train_start(self) -> None:
-        self.trainer.datamodule.stop_if_done()
-
     # -- loss ------------------------------------------------------------------------------------------------------------
 
     def compute(self, batch: SFTBatch) -> SFTOutcome:
@@ -220,16 +218,6 @@ class SFTModule(lightning.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return scheduled_adamw(self, tuple(self.hparams.betas))
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume with other settings: optimizer and schedule keep the old ones, so they would act in part."""
-        old = checkpoint.get("hyper_parameters", {})
-        for name, value in self.hparams.items():
-            if name in old and plain(old[name]) != plain(value):
-                raise UserError(
-                    f"the checkpoint was written with model.{name}={old[name]}, now it is {value}; resume with the config.yaml "
-                    "beside it, or start a new run"
-                )
-
 
 def nll_and_right(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood in nats (float32) and whether the target is the argmax, of N positions, in chunks."""
@@ -259,10 +247,6 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         if type(module).__name__ in (model._no_split_modules or ()):
             fully_shard(module, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])
-
-
-def plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def scheduled_adamw(module: lightning.LightningModule, betas: tuple[float, float]) -> OptimizerLRScheduler:

@@ -229,10 +229,10 @@ def test_sft_writes_everything_below_out_and_its_config_repeats_it(world, tmp_pa
 
 
 def test_a_checkpoint_never_changes_what_was_asked_in_silence(world, tmp_path, capsys):
-    out = tmp_path / "out"
-    cli.main(sft(world, out))
+    out, constant = tmp_path / "out", ("--model.schedule", "constant")
+    cli.main(sft(world, out, *constant))
     ckpt = out / "checkpoints" / "last.ckpt"
-    more = ("--ckpt_path", ckpt, "--trainer.max_epochs", 2)
+    more = ("--ckpt_path", ckpt, *constant, "--trainer.max_epochs", 2)
     capsys.readouterr()
     assert cli.main(sft(world, tmp_path / "b", *more, "--model.lr", 0.5)) == 2
     assert "model.lr=0.003, now it is 0.5" in capsys.readouterr().err
@@ -241,9 +241,10 @@ def test_a_checkpoint_never_changes_what_was_asked_in_silence(world, tmp_path, c
 
 def test_the_saved_config_is_that_of_the_run_whose_results_are_there(world, tmp_path, capsys):
     out = tmp_path / "out"
-    assert cli.main(sft(world, out, "--data.val_fraction", 0.3)) == 0
+    constant = ("--data.val_fraction", 0.3, "--model.schedule", "constant")
+    assert cli.main(sft(world, out, *constant)) == 0
     ckpt, saved = out / "checkpoints" / "last.ckpt", (out / "config.yaml").read_text()
-    again = sft(world, out, "--ckpt_path", ckpt, "--data.val_fraction", 0.3, "--trainer.max_epochs", 2)
+    again = sft(world, out, "--ckpt_path", ckpt, *constant, "--trainer.max_epochs", 2)
     assert cli.main([*again, "--model.lr", "0.5"]) == 2  # refused, when the checkpoint is read
     assert cli.main(["sft", "validate", *again[2:], "--data.batch_size", "3"]) == 0
     assert (out / "config.yaml").read_text() == saved
@@ -294,12 +295,15 @@ def test_sft_that_is_started_again_goes_on(world, tmp_path, capfd):
         assert "RuntimeError: killed" in capfd.readouterr().err
     assert cli.main(sft(world, out, *two, kept(), "--model.lr=0.5")) == 2
     assert "model.lr=0.003, now it is 0.5" in capfd.readouterr().err
-    assert cli.main(sft(world, out, *two, kept())) == 0
+    assert cli.main(sft(world, out, *two, kept(stopped(2)))) == 0  # which is not done again
     assert (out / "hf" / "model.safetensors").read_bytes() == straight
     shutil.rmtree(out / "hf")  # killed before its export, though all steps are done
     assert cli.main(sft(world, out, *two, kept(stopped(1)))) == 0
     assert (out / "hf" / "model.safetensors").read_bytes() == straight
+    assert cli.main(sft(world, out, *two, kept(), "--ckpt_path=none", "--data.batch_size=0")) == 2
+    assert list((out / "checkpoints").glob("*.ckpt"))  # a run that is refused leaves what is there
     assert cli.main(sft(world, out, *two, kept(stopped(1)), "--ckpt_path=none")) == 1
+    assert not list((out / "checkpoints").glob("*.ckpt"))  # or the next would go on with the run before
     assert cli.main(sft(world, tmp_path / "new", "--ckpt_path=last")) == 2
     assert "there is no checkpoint in" in capfd.readouterr().err
 
@@ -307,7 +311,7 @@ def test_sft_that_is_started_again_goes_on(world, tmp_path, capfd):
 def test_a_finished_run_is_left_as_it_is(world, tmp_path):
     assert cli.main(sft(world, tmp_path)) == 0
     before = {path: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
-    assert cli.main(sft(world, tmp_path)) == 0
+    assert cli.main(sft(world, tmp_path, kept(stopped(1)))) == 0  # not a step is done
     assert {path: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == before
 
 

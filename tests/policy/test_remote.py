@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from rftt_lightning.core.contracts import (
     Sampling,
     UserError,
 )
+from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.core.tree import Tree
 from rftt_lightning.policy import remote
 from rftt_lightning.policy.hf import HFBackend
@@ -209,6 +211,15 @@ def test_masked_tokens_are_not_asked_for(serve, hf, folder):
     _, backend = serve(backend={"mask": ["verify", "refine"]})
     tags = {s.tag for c in backend.generate(questions(hf)) for s in c.segments}
     assert tags and not tags & {"verify", "refine"}
+
+
+def test_tags_as_text_are_found_as_in_process(serve, hf):
+    table = str(Path(__file__).parents[2] / "experiments/claims/tokens_text.yaml")
+    _, backend = serve(backend={"tokens": table})
+    here = HFBackend.live(hf.model, hf.tokenizer, TokenTable.from_yaml(table))
+    requests = [r for r in questions(hf, temperature=0.0) if r.after and not r.force]
+    begun = [replace(r, prompt=(*r.prompt, *hf.tokenizer("next step\n 3 + 7 = 10 \n")["input_ids"])) for r in requests]
+    assert_same(backend.generate([*requests, *begun]), here.generate([*requests, *begun]))
 
 
 # -- search --------------------------------------------------------------------------------------------------------------

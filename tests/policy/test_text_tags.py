@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from rftt_lightning.core.contracts import (
     QUESTION,
+    Completion,
     Problem,
+    ProblemSource,
     Request,
     Sampling,
     Score,
@@ -27,7 +29,10 @@ from rftt_lightning.policy.tokenized import read_table
 from rftt_lightning.policy.vocab import add_functional_tokens, text_tags
 from rftt_lightning.search.expand import TokenExpander, seed_of
 from rftt_lightning.tiny.model import build_tokenizer
+from rftt_lightning.training.callbacks import log_use
 from rftt_lightning.training.data import Encoder
+from rftt_lightning.training.measures import count
+from rftt_lightning.training.pictures import path as figure
 from rftt_lightning.training.rl import RLModule, collate
 from sft_world import build
 
@@ -67,11 +72,61 @@ def backend(path, tokenizer):
 def split(backend, text):
     """Segments of a rollout, as (tag, text, closed)."""
     ids = backend.tokenizer(text, add_special_tokens=False)["input_ids"]
-    segments, priors = backend.free(Request((1,), 0, 9), ids, [-0.5] * len(ids), True)
+    segments, priors = backend.free(Request((1,), 0, 9, segments=0), ids, [-0.5] * len(ids), True)
     assert [token for segment in segments for token in segment.tokens] == ids  # nothing is lost, nothing twice
     assert all(len(s.tokens) == len(s.logprobs) == len(s.provenance) for s in segments)
     assert [s.priors for s in (*segments[-1:],)] == [{}] and list(priors) == [segments[0].tag]
     return [(segment.tag, segment.text, segment.closed) for segment in segments]
+
+
+def test_an_answer_that_is_no_path_at_all_is_a_rollout(path, backend):
+    """Ended at once, or without a tag: it is recorded, worth nothing, and a batch of it has nothing but what was written."""
+    expander, vocabulary = TokenExpander(path, mode="sample"), backend.vocabulary
+    for text in ("", "one two"):
+        ids = backend.tokenizer(text, add_special_tokens=False)["input_ids"]
+        tree = expander.plant(Problem("p", "one two"), backend)
+        segments, priors = backend.free(Request((1,), 0, 9, segments=0), ids, [-0.5] * len(ids), True)
+        node, more = expander.tell(tree, 0, Completion(segments, priors), seed=0)
+        tree.backup(node, Score(Verdict(Status.NO_ANSWER), 0.0, (0.0,)))
+        (rollout,) = tree.rollouts()
+        assert more is None and not rollout.complete and rollout.length == len(ids)
+        batch = collate([rollout], vocabulary)
+        assert batch.mask_BT.sum() == len(ids) and not batch.states_BT.any()
+        used = count([tree], backend.tokens, Spelled())
+        assert (
+            used["rollouts"] == 1
+            and used["unclosed"] == 1
+            and not any(v for k, v in used.items() if k.startswith("used/"))
+        )
+        figure(rollout, backend.tokens)
+        events = Written()
+        log_use(events, "samples", [rollout.steps], backend.tokens, 0)
+        assert events.calls == 0
+
+
+class Written:
+    """Counts what a TensorBoard writer is given."""
+
+    calls = 0
+
+    def add_scalar(self, *args):
+        self.calls += 1
+
+    add_histogram = add_scalar
+
+
+class Spelled(ProblemSource):
+    def problems(self):
+        return []
+
+    def judge(self, problem, response):
+        return Verdict(Status.NO_ANSWER)
+
+
+def test_a_path_is_as_deep_as_was_asked_for(backend):
+    ids = backend.tokenizer("next step one end step " * 3, add_special_tokens=False)["input_ids"]
+    segments, _ = backend.free(Request((1,), 0, 9, segments=2), ids, [0.0] * len(ids), True)
+    assert [segment.closed for segment in segments] == [True, True]  # what is written after that is not the path's
 
 
 @pytest.mark.parametrize(
@@ -103,7 +158,7 @@ def test_segments_are_found_as_the_grammar_has_them(backend, text, found):
 def test_a_tag_s_probability_is_that_of_its_words(backend):
     ids = backend.tokenizer("next step one end step answer two end answer", add_special_tokens=False)["input_ids"]
     logprobs = [-0.1 * i for i in range(1, len(ids) + 1)]
-    (first, last), priors = backend.free(Request((1,), 0, 9), ids, logprobs, True)
+    (first, last), priors = backend.free(Request((1,), 0, 9, segments=0), ids, logprobs, True)
     assert priors == {"next_step": pytest.approx(math.exp(-0.3))}
     assert first.priors == {"output": pytest.approx(math.exp(-0.6))} and last.logprobs == tuple(logprobs[5:])
 
@@ -130,7 +185,7 @@ def test_a_path_is_read_back_as_it_was_encoded(backend, tokenizer):
             ]
         )
         assert example.tokens[-1] == tokenizer.eos_token_id and not any(example.loss[:prompt])
-        segments, _ = backend.free(Request((1,), 0, 9), example.tokens[prompt:-1], [0.0] * 99, True)
+        segments, _ = backend.free(Request((1,), 0, 9, segments=0), example.tokens[prompt:-1], [0.0] * 99, True)
         assert tuple(segment.step for segment in segments) == steps and all(s.closed for s in segments)
         flags, at = example.functional[prompt:], 0
         for (tag, _), segment, learned in zip(steps, segments, train, strict=True):
@@ -188,7 +243,7 @@ def test_the_paper_s_tags_as_text_of_a_byte_level_tokenizer(tmp_path):
     steps = (Step("next_step", "a < b > c </p>"), Step("verify", " 3 <verify> 4\n"), Step("output", "ünïcode 猫"))
     example = Encoder(tokenizer, table)(Trajectory(Problem("p", "?"), steps, (True,) * 3, "plain"))
     response = [t for t, learned in zip(example.tokens, example.loss, strict=True) if learned][:-1]
-    segments, _ = backend.free(Request((1,), 0, 9), response, [0.0] * len(response), True)
+    segments, _ = backend.free(Request((1,), 0, 9, segments=0), response, [0.0] * len(response), True)
     assert tuple(segment.step for segment in segments) == steps
     closed = Step("next_step", "a</next_step>b")
     assert Encoder(tokenizer, table)(Trajectory(Problem("p", "?"), (closed,), (True,), "plain")) is None

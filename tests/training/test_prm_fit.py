@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -268,6 +269,51 @@ def test_measures_are_those_of_plain_loops():
     assert found["auc_outcome"] == pytest.approx(auc(ends), abs=1e-6)
     assert found["ece"] == pytest.approx(sum(gaps) / len(ends), abs=1e-5)
     assert found["loss"] == pytest.approx(-sum(math.log(p if r else 1 - p) for p, r in ends) / len(ends), abs=1e-5)
+
+
+class Killed(Callback):
+    """Ends training after so many steps, when they are saved."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == self.step:
+            raise RuntimeError("killed")
+
+
+def test_a_run_goes_on_bitwise_and_with_its_own_settings_alone(world, tmp_path):
+    def fit(out, kill=-1, path=None, batch_tokens=512, **model):
+        seed_everything(0)
+        module = PRMModule(world.base, **{"lr": 1e-2, "warmup_steps": 5, **model})
+        keep = ModelCheckpoint(tmp_path / out, "{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=2,
+            logger=False,
+            callbacks=[Killed(kill), keep],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+        )
+        trainer.fit(module, ValueDataModule([world.trees], batch_tokens=batch_tokens), ckpt_path=path)
+        return module.state_dict(), trainer.global_step
+
+    straight, steps = fit("straight")
+    half = steps // 2
+    for kill in (3, half, half + 2):  # within an epoch, and at an epoch's end
+        with pytest.raises(RuntimeError, match="killed"):
+            fit(f"killed{kill}", kill)
+        path = tmp_path / f"killed{kill}" / f"step={kill}.ckpt"
+        resumed, again = fit(f"resumed{kill}", path=path)
+        assert again == steps and all(torch.equal(resumed[name], weight) for name, weight in straight.items()), kill
+    for words, other in {
+        "model.lr=0.01, now it is 0.5": {"lr": 0.5},
+        "data.batch_tokens=512, now it is 600": {"batch_tokens": 600},
+    }.items():
+        with pytest.raises(UserError, match=words):
+            fit("other", path=path, **other)
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
@@ -179,8 +179,45 @@ def test_resuming_with_other_settings_or_data_is_refused(world, tmp_path):
     path = tmp_path / "step=2.ckpt"
     with pytest.raises(UserError, match=r"written with model.lr=0.01, now it is 0.5"):
         fit(world, tmp_path, model={"lr": 0.5}, ckpt_path=path)
-    with pytest.raises(UserError, match="same data and batch size"):
-        fit(world, tmp_path, data={"batch_size": 5}, ckpt_path=path)
+    with pytest.raises(UserError, match=r"data.batch_size=8, now it is 5.*same data"):
+        fit(world, tmp_path, data={"batch_size": 5}, max_epochs=1, ckpt_path=path)
+    with pytest.raises(UserError, match=r"trainer.max_epochs=1, now it is 2"):  # the schedule would jump
+        fit(world, tmp_path, max_epochs=2, ckpt_path=path)
+    with pytest.raises(UserError, match=r"trainer.gradient_clip_val=1.0, now it is 0.5"):
+        fit(world, tmp_path, max_epochs=1, gradient_clip_val=0.5, ckpt_path=path)
+    constant = {"schedule": "constant"}
+    fit(world, tmp_path / "constant", model=constant, callbacks=[keep], max_epochs=1)
+    _, runner = fit(world, tmp_path, model=constant, max_epochs=2, ckpt_path=path.with_stem("step=2-v1"))
+    assert runner.current_epoch == 2
+
+
+@pytest.mark.parametrize("kills", [(3, 5), (2, 3), (2, 4), (4, 6), (1, 2, 3, 4, 5, 6, 7)])
+def test_many_kills_add_no_epoch(world, tmp_path, kills):
+    """Checkpoints at the ends of epochs, too, after which the Trainer alone miscounts."""
+    every = {"data": {"batch_size": 20}, "max_epochs": 4}  # two batches an epoch
+    straight, runner = fit(world, tmp_path / "straight", **every)
+    assert runner.global_step == 8
+    path = None
+    for kill in kills:
+        keep = ModelCheckpoint(tmp_path / "kept", "{step}", every_n_train_steps=1, save_top_k=-1)
+        with pytest.raises(RuntimeError, match="killed"):
+            fit(world, tmp_path, callbacks=[Killed(kill), keep], ckpt_path=path, **every)
+        path = max((tmp_path / "kept").glob("*.ckpt"), key=lambda p: int(p.stem.partition("=")[2]), default=None)
+    resumed, again = fit(world, tmp_path / "resumed", ckpt_path=path, **every)
+    assert again.global_step == 8
+    for name, weight in weights(straight).items():
+        assert torch.equal(weights(resumed)[name], weight), name
+
+
+class Killed(Callback):
+    """Ends training after so many steps, before they are saved."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            raise RuntimeError("killed")
 
 
 # -- export --------------------------------------------------------------------------------------------------------------
