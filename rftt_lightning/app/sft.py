@@ -58,6 +58,8 @@ class SFTCLI(FitCLI):
             config.ckpt_path = str(newest) if newest else None
             if newest:
                 checkpoints.read(newest, self.MARK, "meta")
+        elif config.ckpt_path == "none" and self.config.subcommand != "fit":
+            config.ckpt_path = None
         self.asked = self.config.clone()
 
     def before_fit(self) -> None:

@@ -246,7 +246,8 @@ def test_the_saved_config_is_that_of_the_run_whose_results_are_there(world, tmp_
     ckpt, saved = out / "checkpoints" / "last.ckpt", (out / "config.yaml").read_text()
     again = sft(world, out, "--ckpt_path", ckpt, *constant, "--trainer.max_epochs", 2)
     assert cli.main([*again, "--model.lr", "0.5"]) == 2  # refused, when the checkpoint is read
-    assert cli.main(["sft", "validate", *again[2:], "--data.batch_size", "3"]) == 0
+    for path in (ckpt, "last", "none"):
+        assert cli.main(["sft", "validate", *again[2:], "--ckpt_path", str(path), "--data.batch_size", "3"]) == 0
     assert (out / "config.yaml").read_text() == saved
     assert cli.main(again) == 0
     new = yaml.safe_load((out / "config.yaml").read_text())
