@@ -44,6 +44,7 @@ CLAIMS = (
     Claim("RL beats the strongest SFT, beginning there", "rl_best", "sft_best"),
     Claim("RL ends higher from the strongest SFT than from the warm-up", "rl_best", "rl"),
     Claim("more steps of RL gain more", "rl_more", "rl_best"),
+    Claim("RL of more steps beats the strongest SFT, beginning there", "rl_more", "sft_best"),
     Claim("REINFORCE++ beats on-policy rejection sampling", "rl", "rejection"),
     Claim("the tree beats plain sampling", "rl", "sampling"),
     Claim("outcome and process reward beat the outcome alone", "rl", "orm"),

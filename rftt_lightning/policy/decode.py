@@ -63,13 +63,15 @@ ROW = np.dtype(
 @dataclass
 class Row:
     """What decoding leaves of a request: tokens written and their log-probs; by position, the log-probabilities [F] of the opening
-    tags where one could come; positions that went through the model for it."""
+    tags where one could come; positions that went through the model for it; the end of turn, which is none of the tokens, and
+    its log-prob."""
 
     tokens: list[int]
     logprobs: list[float]
     tags: dict[int, np.ndarray] = field(default_factory=dict)
     computed: int = 0
     finish: Finish = Finish.STOP
+    end: tuple[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -435,12 +437,15 @@ class Batch:
         places = [] if state["free"] else opening.nonzero()[0].tolist()
         if state["final"]:
             places.append(count)
+        finish = self._finish(request, state)
+        ended = state["free"] and finish is Finish.STOP
         return Row(
             tokens,
             written[:count, 1].tolist(),
             {i: written[i, 2:].copy() for i in places},
             int(state["computed"]),
-            self._finish(request, state),
+            finish,
+            (int(state["token"]), float(written[count, 1])) if ended else None,
         )
 
     def _finish(self, request: Request, state: np.void) -> Finish:

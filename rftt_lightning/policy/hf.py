@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,12 +15,12 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rftt_lightning.core.contracts import Completion, Finish, Provenance, Request, Segment, UserError, collect
+from rftt_lightning.core.contracts import QUESTION, Completion, Finish, Provenance, Request, Segment, UserError, collect
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.policy.decode import Batch, Row
 from rftt_lightning.policy.prefix import PrefixCache
 from rftt_lightning.policy.tokenized import TokenizedBackend, read_table
-from rftt_lightning.policy.vocab import end_ids, load
+from rftt_lightning.policy.vocab import end_ids, find, load, text_tags
 
 
 class HFBackend(TokenizedBackend):
@@ -89,6 +91,7 @@ class HFBackend(TokenizedBackend):
         ends = end_ids(tokenizer, model.generation_config)
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         self._bind(tokenizer, table, width, ends, limit, batch_size)
+        self._tags = text_tags(tokenizer, table) if table.as_text else {}
         self.model, self.version, self.closes = model, 0, frozenset(self.vocabulary.closes)
         self.usage.cache_budget = int(cache_gb * 2**30)
         self._prefixes = PrefixCache(self.usage.cache_budget)
@@ -105,7 +108,12 @@ class HFBackend(TokenizedBackend):
             for request, number in zip(more(room), numbers, strict=False):
                 self.check(request)
                 if len(request.prompt) < self.limit:
-                    fitting.append((number, self.freed(request)))
+                    if (
+                        self._tags and request.after is not None
+                    ):  # a path is free text of no tag, with the path's budget
+                        whole = replace(request.sampling, max_segment_tokens=request.max_tokens)
+                        request = replace(request, sampling=whole, after=None, force=None)
+                    fitting.append((number, request))
                 else:
                     ready.append((number, self.unwritten(request)))
             return fitting
@@ -162,12 +170,48 @@ class HFBackend(TokenizedBackend):
 
     def _completion(self, request: Request, row: Row) -> Completion:
         if request.after is None:
-            found = self.free(request, row.tokens, row.logprobs, row.finish is Finish.STOP)
-            return Completion(*found, row.computed, row.finish)
+            if self._tags and request.force is None:
+                segments, priors = self._read(request, row)
+                return Completion(segments, priors, row.computed, row.finish)
+            tokens = tuple(row.tokens)
+            chosen = (int(Provenance.SAMPLED),) * len(tokens)
+            text, closed = self.text(tokens), row.finish is Finish.STOP
+            segment = Segment(request.force or "", tokens, tuple(row.logprobs), chosen, text, closed, {}, self.version)
+            return Completion((segment,), {}, row.computed, row.finish)
         ends = [i + 1 for i, token in enumerate(row.tokens) if token in self.closes]
         bounds = [0, *ends] if ends and ends[-1] == len(row.tokens) else [0, *ends, len(row.tokens)]
         segments = tuple(self._segment(request, row, begin, end) for begin, end in itertools.pairwise(bounds))
         return Completion(segments, self._priors(row, 0), row.computed, row.finish)
+
+    def _read(self, request: Request, row: Row) -> tuple[tuple[Segment, ...], dict[str, float]]:
+        """Segments of a rollout whose tags are text, and the priors before them.
+
+        What stands in place of a tag, that of a token that the grammar does not let follow included, is a segment without tag
+        that is not closed, to the end; after the segments that are asked for nothing is read. The end of turn is a token of the
+        path, else nobody would learn not to give up. Of the priors only that of the token which was written is known."""
+        end = [row.end] if row.end else []
+        tokens = (*row.tokens, *(token for token, _ in end))
+        logprobs = (*row.logprobs, *(logprob for _, logprob in end))
+        last = len(row.tokens)
+        after, at = QUESTION, 0
+        found: list[Segment] = []
+        likely: list[dict[str, float]] = []
+        while (at < len(tokens) and len(found) != request.segments) or not found:
+            followers = [(name, *self._tags[name]) for name in self.tokens.legal(after)]
+            written = (follower for follower in followers if tokens[at : at + len(follower[1])] == follower[1])
+            tag, opening, closing = next(written, ("", (), ()))
+            begin = at + len(opening)
+            close = find(tokens[:last], closing, begin) if tag else None
+            stop = len(tokens) if close is None else close + len(closing)
+            if stop == last and self.tokens.terminal(tag):
+                stop = len(tokens)
+            text = self.text(tokens[begin : last if close is None else close])
+            part, chosen = logprobs[at:stop], (int(Provenance.SAMPLED),) * (stop - at)
+            found.append(Segment(tag, tokens[at:stop], part, chosen, text, close is not None, {}, self.version))
+            likely.append({tag: math.exp(sum(part[: len(opening)]))})
+            after, at = tag, stop
+        segments = (replace(segment, priors=priors) for segment, priors in zip(found, [*likely[1:], {}], strict=True))
+        return tuple(segments), likely[0]
 
     def _segment(self, request: Request, row: Row, begin: int, end: int) -> Segment:
         tokens = tuple(row.tokens[begin:end])

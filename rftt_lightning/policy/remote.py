@@ -309,6 +309,8 @@ class RemoteBackend(TokenizedBackend):
         if dialect not in ("auto", *DIALECTS):
             raise UserError(f"backend.dialect is {dialect!r}; use one of auto, {', '.join(DIALECTS)}")
         table = read_table(tokens, mask)
+        if table.as_text:
+            raise UserError(f"the tags of {tokens} are text, which is sampled in process alone; use HFBackend")
         read, width, ends, limit = _read_tokenizer(tokenizer)
         self._bind(read, table, width, ends, limit, concurrency)
         self.model, self.auto = model, dialect == "auto"
@@ -465,14 +467,15 @@ class RemoteBackend(TokenizedBackend):
     def _answer(self, request: Request, halt: threading.Event) -> Completion:
         if len(request.prompt) >= self.limit:
             return self.unwritten(request)
-        request = self.freed(request)
         work = _Writing(request, halt, list(request.prompt))
         return self._free(work) if request.after is None else self._functional(work, request.after)
 
     def _free(self, work: _Writing) -> Completion:
         ids, logprobs, ended = self._content(work, 0, self.ends, self._room(work, 0))
-        found = self.free(work.request, ids, logprobs, ended)
-        return Completion(*found, work.computed, Finish.STOP if ended else self._cut(work))
+        chosen = (int(Provenance.SAMPLED),) * len(ids)
+        tag, text = work.request.force or "", self.text(ids)
+        segment = Segment(tag, ids, logprobs, chosen, text, ended, {}, self.version)
+        return Completion((segment,), {}, work.computed, Finish.STOP if ended else self._cut(work))
 
     def _functional(self, work: _Writing, after: str) -> Completion:
         request = work.request

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 
 from jinja2 import TemplateError
@@ -17,14 +15,13 @@ from rftt_lightning.core.contracts import (
     Completion,
     Finish,
     Message,
-    Provenance,
     Request,
     Segment,
     UserError,
 )
 from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
-from rftt_lightning.policy.vocab import NOTHING, Vocabulary, find, text_tags
+from rftt_lightning.policy.vocab import NOTHING, Vocabulary
 
 
 def read_table(tokens: str | None, mask: Sequence[str]) -> TokenTable:
@@ -60,7 +57,6 @@ class TokenizedBackend(Backend):
         taught = table.as_text or any(tag in known for tag in table.tags)  # a base model writes free text only
         self.tokenizer, self.tokens, self.ends, self.limit, self.batch_size = tokenizer, table, ends, limit, batch_size
         self.vocabulary = Vocabulary(tokenizer, table if taught else NOTHING, width, ends)
-        self._tags = text_tags(tokenizer, table) if table.as_text else {}
         self._chat = lru_cache(maxsize=1 << 10)(self._template)
         self._text = lru_cache(maxsize=1 << 12)(self._detokenize)  # short contents recur
 
@@ -118,46 +114,6 @@ class TokenizedBackend(Backend):
         )
         segment = Segment(request.force or "", (), (), (), "", False, {}, self.version)
         return Completion((segment,), finish=Finish.CONTEXT)
-
-    def freed(self, request: Request) -> Request:
-        """What is really asked where tags are text: a rollout is free text of no tag, whose budget is that of the path."""
-        if request.after is None or not self.tokens.as_text:
-            return request
-        whole = replace(request.sampling, max_segment_tokens=request.max_tokens)
-        return replace(request, sampling=whole, after=None, force=None)
-
-    def free(
-        self, request: Request, tokens: Sequence[int], logprobs: Sequence[float], ended: bool
-    ) -> tuple[tuple[Segment, ...], dict[str, float]]:
-        """Segments of free text, and the priors before them: one, or as many as are found where tags are text.
-
-        There, what stands in place of a tag, that of a token that the grammar does not let follow included, is a segment
-        without tag that is not closed, to the end; after the segments that are asked for nothing is read. Of the priors only that
-        of the token which was written is known."""
-        if not self._tags or request.force is not None:
-            chosen = (int(Provenance.SAMPLED),) * len(tokens)
-            text = self.text(tokens)
-            segment = Segment(
-                request.force or "", tuple(tokens), tuple(logprobs), chosen, text, ended, {}, self.version
-            )
-            return (segment,), {}
-        tokens, after, at = tuple(tokens), QUESTION, 0
-        found: list[Segment] = []
-        likely: list[dict[str, float]] = []
-        while (at < len(tokens) and len(found) != request.segments) or not found:
-            followers = [(name, *self._tags[name]) for name in self.tokens.legal(after)]
-            written = (follower for follower in followers if tokens[at : at + len(follower[1])] == follower[1])
-            tag, opening, closing = next(written, ("", (), ()))
-            begin = at + len(opening)
-            stop = find(tokens, closing, begin) if tag else None
-            end = len(tokens) if stop is None else stop + len(closing)
-            text = self.text(tokens[begin : end if stop is None else stop])
-            part, chosen = tuple(logprobs[at:end]), (int(Provenance.SAMPLED),) * (end - at)
-            found.append(Segment(tag, tokens[at:end], part, chosen, text, stop is not None, {}, self.version))
-            likely.append({tag: math.exp(sum(part[: len(opening)]))})
-            after, at = tag, end
-        segments = (replace(segment, priors=priors) for segment, priors in zip(found, [*likely[1:], {}], strict=True))
-        return tuple(segments), likely[0]
 
     def text(self, tokens: Sequence[int]) -> str:
         return self._text(tuple(tokens))

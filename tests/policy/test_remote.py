@@ -6,7 +6,6 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from rftt_lightning.core.contracts import (
     Sampling,
     UserError,
 )
-from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.core.tree import Tree
 from rftt_lightning.policy import remote
 from rftt_lightning.policy.hf import HFBackend
@@ -213,13 +211,10 @@ def test_masked_tokens_are_not_asked_for(serve, hf, folder):
     assert tags and not tags & {"verify", "refine"}
 
 
-def test_tags_as_text_are_found_as_in_process(serve, hf):
+def test_tags_as_text_are_refused(serve):
     table = str(Path(__file__).parents[2] / "experiments/claims/tokens_text.yaml")
-    _, backend = serve(backend={"tokens": table})
-    here = HFBackend.live(hf.model, hf.tokenizer, TokenTable.from_yaml(table))
-    requests = [r for r in questions(hf, temperature=0.0) if r.after and not r.force]
-    begun = [replace(r, prompt=(*r.prompt, *hf.tokenizer("next step\n 3 + 7 = 10 \n")["input_ids"])) for r in requests]
-    assert_same(backend.generate([*requests, *begun]), here.generate([*requests, *begun]))
+    with pytest.raises(UserError, match="use HFBackend"):
+        serve(backend={"tokens": table})
 
 
 # -- search --------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from rftt_lightning.core.contracts import (
     Verdict,
 )
 from rftt_lightning.core.tokens import DEFAULT_TABLE, TokenTable
+from rftt_lightning.policy.decode import Row
 from rftt_lightning.policy.hf import HFBackend
 from rftt_lightning.policy.tokenized import read_table
 from rftt_lightning.policy.vocab import add_functional_tokens, text_tags
@@ -69,10 +70,15 @@ def backend(path, tokenizer):
     return HFBackend.live(build(tokenizer), tokenizer, TokenTable.from_yaml(path))
 
 
+def read(backend, tokens, logprobs, end=None, segments=0):
+    """The segments of a rollout in which these tokens were written, and the priors before them."""
+    return backend._read(Request((1,), 0, 9, segments=segments), Row(list(tokens), list(logprobs), end=end))
+
+
 def split(backend, text):
     """Segments of a rollout, as (tag, text, closed)."""
     ids = backend.tokenizer(text, add_special_tokens=False)["input_ids"]
-    segments, priors = backend.free(Request((1,), 0, 9, segments=0), ids, [-0.5] * len(ids), True)
+    segments, priors = read(backend, ids, [-0.5] * len(ids), segments=0)
     assert [token for segment in segments for token in segment.tokens] == ids  # nothing is lost, nothing twice
     assert all(len(s.tokens) == len(s.logprobs) == len(s.provenance) for s in segments)
     assert [s.priors for s in (*segments[-1:],)] == [{}] and list(priors) == [segments[0].tag]
@@ -85,7 +91,7 @@ def test_an_answer_that_is_no_path_at_all_is_a_rollout(path, backend):
     for text in ("", "one two"):
         ids = backend.tokenizer(text, add_special_tokens=False)["input_ids"]
         tree = expander.plant(Problem("p", "one two"), backend)
-        segments, priors = backend.free(Request((1,), 0, 9, segments=0), ids, [-0.5] * len(ids), True)
+        segments, priors = read(backend, ids, [-0.5] * len(ids), segments=0)
         node, more = expander.tell(tree, 0, Completion(segments, priors), seed=0)
         tree.backup(node, Score(Verdict(Status.NO_ANSWER), 0.0, (0.0,)))
         (rollout,) = tree.rollouts()
@@ -125,7 +131,7 @@ class Spelled(ProblemSource):
 
 def test_a_path_is_as_deep_as_was_asked_for(backend):
     ids = backend.tokenizer("next step one end step " * 3, add_special_tokens=False)["input_ids"]
-    segments, _ = backend.free(Request((1,), 0, 9, segments=2), ids, [0.0] * len(ids), True)
+    segments, _ = read(backend, ids, [0.0] * len(ids), segments=2)
     assert [segment.closed for segment in segments] == [True, True]  # what is written after that is not the path's
 
 
@@ -155,10 +161,31 @@ def test_segments_are_found_as_the_grammar_has_them(backend, text, found):
     assert split(backend, text) == found
 
 
+@pytest.mark.parametrize(
+    "text, sizes, complete",
+    [
+        ("next step one end step answer two end answer", [5, 5], True),  # the end of turn is the last segment's
+        ("next step one end step", [5, 1], False),  # one that comes too early stands for itself
+        ("next step one", [4], False),
+        ("", [1], False),
+        ("answer two end answer answer", [0], False),
+    ],
+)
+def test_the_end_of_turn_is_a_token_of_the_path(backend, text, sizes, complete):
+    ids = backend.tokenizer(text, add_special_tokens=False)["input_ids"]
+    eos = backend.tokenizer.eos_token_id
+    segments, _ = read(backend, ids, [-0.5] * len(ids), end=(eos, -0.25))
+    written = [token for segment in segments for token in segment.tokens]
+    assert written == [*ids, eos] and segments[-1].logprobs[-1] == -0.25
+    assert segments[-1].closed == complete and eos not in backend.tokenizer(segments[-1].text)["input_ids"]
+    if sizes != [0]:
+        assert [len(segment.tokens) for segment in segments] == sizes
+
+
 def test_a_tag_s_probability_is_that_of_its_words(backend):
     ids = backend.tokenizer("next step one end step answer two end answer", add_special_tokens=False)["input_ids"]
     logprobs = [-0.1 * i for i in range(1, len(ids) + 1)]
-    (first, last), priors = backend.free(Request((1,), 0, 9, segments=0), ids, logprobs, True)
+    (first, last), priors = read(backend, ids, logprobs, segments=0)
     assert priors == {"next_step": pytest.approx(math.exp(-0.3))}
     assert first.priors == {"output": pytest.approx(math.exp(-0.6))} and last.logprobs == tuple(logprobs[5:])
 
@@ -185,7 +212,7 @@ def test_a_path_is_read_back_as_it_was_encoded(backend, tokenizer):
             ]
         )
         assert example.tokens[-1] == tokenizer.eos_token_id and not any(example.loss[:prompt])
-        segments, _ = backend.free(Request((1,), 0, 9, segments=0), example.tokens[prompt:-1], [0.0] * 99, True)
+        segments, _ = read(backend, example.tokens[prompt:-1], [0.0] * 99, segments=0)
         assert tuple(segment.step for segment in segments) == steps and all(s.closed for s in segments)
         flags, at = example.functional[prompt:], 0
         for (tag, _), segment, learned in zip(steps, segments, train, strict=True):
@@ -243,7 +270,7 @@ def test_the_paper_s_tags_as_text_of_a_byte_level_tokenizer(tmp_path):
     steps = (Step("next_step", "a < b > c </p>"), Step("verify", " 3 <verify> 4\n"), Step("output", "ünïcode 猫"))
     example = Encoder(tokenizer, table)(Trajectory(Problem("p", "?"), steps, (True,) * 3, "plain"))
     response = [t for t, learned in zip(example.tokens, example.loss, strict=True) if learned][:-1]
-    segments, _ = backend.free(Request((1,), 0, 9, segments=0), response, [0.0] * len(response), True)
+    segments, _ = read(backend, response, [0.0] * len(response), segments=0)
     assert tuple(segment.step for segment in segments) == steps
     closed = Step("next_step", "a</next_step>b")
     assert Encoder(tokenizer, table)(Trajectory(Problem("p", "?"), (closed,), (True,), "plain")) is None
