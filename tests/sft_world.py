@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from lightning import Callback, Trainer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rftt_lightning.core.contracts import Problem, Step, Trajectory
@@ -16,6 +17,17 @@ from rftt_lightning.tiny.model import build_tokenizer
 
 TABLE = TokenTable.from_yaml()
 WORDS = ("one", "two", "three", "four", "five", "six")
+
+
+class Killed(Callback):
+    """Ends training after so many steps, before anything of the last one is saved."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
+        if trainer.global_step == self.steps:
+            raise RuntimeError("killed")
 
 
 def save_base(folder: Path) -> str:

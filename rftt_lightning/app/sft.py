@@ -49,25 +49,18 @@ class SFTCLI(FitCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
-        if config.ckpt_path == "last" or (config.ckpt_path is None and self.config.subcommand == "fit"):
-            newest = next(reversed(saved_in(config.out)), None)
-            if config.ckpt_path and not newest:
-                raise UserError(
-                    f"there is no checkpoint in {config.out}/checkpoints; leave ckpt_path out to begin there"
-                )
-            config.ckpt_path = str(newest) if newest else None
-            if newest:
-                checkpoints.read(newest, self.MARK, "meta")
-        elif config.ckpt_path == "none" and self.config.subcommand != "fit":
-            config.ckpt_path = None
+        asked, self.anew = config.ckpt_path, config.ckpt_path == "none"
+        if asked or self.config.subcommand == "fit":
+            path = checkpoints.choose(asked, saved_in(config.out), config.out)
+            if path and asked in (None, "last"):  # one that was named has been looked at
+                checkpoints.read(path, self.MARK, "meta")
+            config.ckpt_path = str(path) if path else None
         self.asked = self.config.clone()
 
     def before_fit(self) -> None:
         """What "none" leaves behind must not be gone on from later; it stays until training really begins."""
-        settings = self.config_init.fit
-        if settings.ckpt_path == "none":
-            self.trainer.callbacks.append(Forget(saved_in(settings.out)))
-            settings.ckpt_path = None
+        if self.anew:
+            self.trainer.callbacks.append(Forget(saved_in(self.config_init.fit.out)))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--out", type=str, default=self.OUT, help="folder of the run's results")

@@ -119,7 +119,7 @@ class TokenTable:
     @property
     def as_text(self) -> bool:
         """Are tags ordinary text, not rows of the vocabulary?"""
-        return bool(self.texts)
+        return any(isinstance(token, TextToken) for token in self.tokens)
 
     @property
     def tags(self) -> tuple[str, ...]:

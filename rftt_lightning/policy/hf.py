@@ -108,12 +108,7 @@ class HFBackend(TokenizedBackend):
             for request, number in zip(more(room), numbers, strict=False):
                 self.check(request)
                 if len(request.prompt) < self.limit:
-                    if (
-                        self._tags and request.after is not None
-                    ):  # a path is free text of no tag, with the path's budget
-                        whole = replace(request.sampling, max_segment_tokens=request.max_tokens)
-                        request = replace(request, sampling=whole, after=None, force=None)
-                    fitting.append((number, request))
+                    fitting.append((number, self._freed(request)))
                 else:
                     ready.append((number, self.unwritten(request)))
             return fitting
@@ -133,6 +128,13 @@ class HFBackend(TokenizedBackend):
             if ready:
                 yield ready
                 ready = []
+
+    def _freed(self, request: Request) -> Request:
+        """Where tags are text, a path is free text of no tag, with the path's budget."""
+        if not self._tags or request.after is None:
+            return request
+        whole = replace(request.sampling, max_segment_tokens=request.max_tokens)
+        return replace(request, sampling=whole, after=None, force=None)
 
     def _decode(
         self,
@@ -189,10 +191,9 @@ class HFBackend(TokenizedBackend):
         What stands in place of a tag, that of a token that the grammar does not let follow included, is a segment without tag
         that is not closed, to the end; after the segments that are asked for nothing is read. The end of turn is a token of the
         path, else nobody would learn not to give up. Of the priors only that of the token which was written is known."""
-        end = [row.end] if row.end else []
-        tokens = (*row.tokens, *(token for token, _ in end))
-        logprobs = (*row.logprobs, *(logprob for _, logprob in end))
-        last = len(row.tokens)
+        tokens, logprobs, last = tuple(row.tokens), tuple(row.logprobs), len(row.tokens)
+        if row.end:
+            tokens, logprobs = (*tokens, row.end[0]), (*logprobs, row.end[1])
         after, at = QUESTION, 0
         found: list[Segment] = []
         likely: list[dict[str, float]] = []

@@ -54,7 +54,7 @@ class TokenizedBackend(Backend):
         if batch_size < 1:
             raise UserError(f"backend.batch_size is {batch_size}; it must be at least 1")
         known = tokenizer.get_vocab()
-        taught = table.as_text or any(tag in known for tag in table.tags)  # a base model writes free text only
+        taught = any(tag in known for tag in table.tags)  # a base model writes free text only
         self.tokenizer, self.tokens, self.ends, self.limit, self.batch_size = tokenizer, table, ends, limit, batch_size
         self.vocabulary = Vocabulary(tokenizer, table if taught else NOTHING, width, ends)
         self._chat = lru_cache(maxsize=1 << 10)(self._template)

@@ -245,7 +245,6 @@ class Vocabulary:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, table: TokenTable, width: int, ends: Sequence[int] = ()
     ) -> None:
-        self.start = 0 if table.as_text else len(table.tokens) + 1
         table = NOTHING if table.as_text else table
         check_round_trip(tokenizer, table)
         self.names = table.names
@@ -264,6 +263,7 @@ class Vocabulary:
         for after in (QUESTION, *self.names):
             followers = [self.opens[self.names.index(tag)] for tag in table.legal(after)]
             self.allowed_SV[self.boundary(after), followers] = True
+        self.start = self.boundary(QUESTION) if self.names else 0
         ends_path = [table.terminal(name) for name in self.names]
         self.terminal_S = torch.tensor([False] * (n + 2) + ends_path)
 
@@ -280,7 +280,7 @@ class Vocabulary:
 
     def states(self, tokens_BT: Tensor, first: int | None = None) -> Tensor:
         """Grammar state that governs each response token, [B, T] like the tokens: a function of the ids before it alone.
-        ``first`` is the state before the first one (default: ``start``, the boundary after the question)."""
+        ``first`` is the state before the first one (default: the boundary after the question, free text if there are no tags)."""
         start = self.start if first is None else first
         events_BT = self.after_V.to(tokens_BT.device)[tokens_BT]
         where_BT = torch.where(events_BT >= 0, torch.arange(tokens_BT.shape[1], device=tokens_BT.device), -1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,19 @@ def read(path: str | Path, mark: str, device: torch.device | str) -> dict[str, A
     return state
 
 
+def choose(ckpt_path: str | None, found: Sequence[Path], folder: str | Path) -> Path | None:
+    """The checkpoint that is asked for, of those ``found`` in a run's ``folder``, the newest last: None is the newest if there is
+    one, "last" (or "best", if those were looked for) insists on it, "none" is none, and anything else its own path. Raises
+    :class:`UserError` if there is no such one."""
+    if ckpt_path == "none":
+        return None
+    if ckpt_path not in (None, "last", "best"):
+        return Path(ckpt_path)
+    if ckpt_path and not found:
+        raise UserError(f"there is no {ckpt_path} checkpoint in {folder}; leave ckpt_path out to begin there")
+    return next(reversed(found), None)
+
+
 class RunFolder:
     """``checkpoints/step-*.pt``, of which the newest ``keep`` stay; ``checkpoints/best-*.pt``, the weights that validated best;
     ``metrics.jsonl``, a line a step, the same in every run with the same settings on the same machine; ``times.jsonl``, which is
@@ -48,16 +61,8 @@ class RunFolder:
         return sorted((self.path / "checkpoints").glob(f"{kind}-*.pt"))
 
     def choose(self, ckpt_path: str | None) -> Path | None:
-        """The checkpoint that is asked for: None is the newest if there is one, "last" insists on it, "best" is that of the best
-        validation, "none" is none. Raises :class:`UserError` if there is no such one."""
-        if ckpt_path == "none":
-            return None
-        if ckpt_path not in (None, "last", "best"):
-            return Path(ckpt_path)
-        found = self.checkpoints("best" if ckpt_path == "best" else "step")
-        if ckpt_path and not found:
-            raise UserError(f"there is no {ckpt_path} checkpoint in {self.path}; leave ckpt_path out to begin there")
-        return next(reversed(found), None)
+        """As the function of this name; "best" is the one that validated best."""
+        return choose(ckpt_path, self.checkpoints("best" if ckpt_path == "best" else "step"), self.path)
 
     def save(self, steps: int, state: Mapping[str, Any]) -> None:
         """Write the checkpoint after ``steps`` steps, and forget the oldest."""

@@ -69,13 +69,14 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, table: TokenTable) -> None:
         known = tokenizer.get_vocab()
-        if not table.as_text and (missing := [tag for tag in table.tags if tag not in known]):
+        self.tokenizer, self.table, self.rows = tokenizer, table, frozenset[int]()
+        if table.as_text:
+            self.pairs = text_tags(tokenizer, table)
+            return
+        if missing := [tag for tag in table.tags if tag not in known]:
             raise UserError(f"the tokenizer has no functional token {missing[0]}; add the tokens to it before encoding")
-        self.tokenizer, self.table = tokenizer, table
-        tokens = () if table.as_text else table.tokens
-        rows = {token.name: ((known[token.open],), (known[token.close],)) for token in tokens}
-        self.pairs = text_tags(tokenizer, table) if table.as_text else rows
-        self.rows = {row for pair in rows.values() for (row,) in pair}
+        self.rows = frozenset(known[tag] for tag in table.tags)
+        self.pairs = {token.name: ((known[token.open],), (known[token.close],)) for token in table.tokens}
 
     def __call__(self, trajectory: Trajectory) -> Example | None:
         """Ids of the chat-templated question, then ``[open] content [close]`` of each step, then end of turn. Every part is
@@ -158,13 +159,10 @@ def collate(examples: Sequence[Example], packed: bool, pad: int, denominator: in
 
 
 class Batches(Order[SFTBatch]):
-    """Batches of examples.
-
-    ``size`` examples make a batch; if ``max_tokens`` is given,
-    as many as fit in it (padding included), then they are grouped once and the order of the groups is shuffled. Each of
-    ``world`` ranks gets every ``world``-th batch; ``accumulate`` batches of each make an optimizer step. Where the last step
-    has too few batches for all ranks, the rest get one without loss tokens. ``shuffle=False`` keeps the examples' order
-    (validation).
+    """Batches of ``size`` examples; if ``max_tokens`` is given, of as many as fit in it (padding included), then they are grouped
+    once and the order of the groups is shuffled. Each of ``world`` ranks gets every ``world``-th batch; ``accumulate`` batches of
+    each make an optimizer step. Where the last step has too few batches for all ranks, the rest get one without loss tokens.
+    ``shuffle=False`` keeps the examples' order (validation).
     """
 
     def __init__(
@@ -180,14 +178,17 @@ class Batches(Order[SFTBatch]):
         world: int = 1,
         accumulate: int = 1,
     ) -> None:
-        digest = examples.digest() if isinstance(examples, Examples) else ""
-        sizes = {"batch_size": size, "max_tokens": max_tokens, "packing": packed}
-        super().__init__(seed, shuffle, {"examples": f"{len(examples)} {digest}", **sizes})
+        super().__init__(seed, shuffle)
         self.examples, self.size, self.max_tokens, self.packed, self.pad = examples, size, max_tokens, packed, pad
         self.rank, self.world, self.accumulate = rank, world, accumulate
 
+    @cached_property
+    def known(self) -> dict[str, Any]:
+        digest = self.examples.digest() if isinstance(self.examples, Examples) else ""
+        sizes = {"batch_size": self.size, "max_tokens": self.max_tokens, "packing": self.packed}
+        return {"examples": f"{len(self.examples)} {digest}", **sizes}
+
     def __len__(self) -> int:
-        """Batches of one rank in an epoch."""
         return -(-len(self.groups(0)) // self.world)
 
     def batches(self, epoch: int, first: int) -> Iterator[SFTBatch]:

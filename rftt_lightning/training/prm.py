@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,15 +129,19 @@ class PathBatches(Order[PRMBatch]):
     def __init__(
         self, paths: Sequence[ValuedPath], batch_tokens: int, pad: int, seed: int, shuffle: bool, rank: int, world: int
     ) -> None:
-        said = repr([(path.tokens, path.ends, path.values) for path in paths]).encode()
-        digest = hashlib.blake2b(said, digest_size=8).hexdigest()
-        super().__init__(seed, shuffle, {"paths": f"{len(paths)} {digest}", "batch_tokens": batch_tokens})
-        self.paths, self.pad, self.rank, self.world = paths, pad, rank, world
+        super().__init__(seed, shuffle)
+        self.paths, self.batch_tokens, self.pad, self.rank, self.world = paths, batch_tokens, pad, rank, world
         self.groups: list[list[int]] = []
         for i in sorted(range(len(paths)), key=lambda i: len(paths[i].tokens)):
             if not self.groups or (len(self.groups[-1]) + 1) * len(paths[i].tokens) > batch_tokens:
                 self.groups.append([])
             self.groups[-1].append(i)
+
+    @cached_property
+    def known(self) -> dict[str, Any]:
+        said = repr([(path.tokens, path.ends, path.values) for path in self.paths]).encode()
+        digest = hashlib.blake2b(said, digest_size=8).hexdigest()
+        return {"paths": f"{len(self.paths)} {digest}", "batch_tokens": self.batch_tokens}
 
     def __len__(self) -> int:
         return max(len(self.groups) // self.world, 1)

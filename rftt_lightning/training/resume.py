@@ -18,11 +18,15 @@ BatchT = TypeVar("BatchT")
 
 class Order(ABC, Generic[BatchT]):
     """An endless order of batches, one epoch an iteration, that resumes exactly: an epoch's order is a function of ``seed`` and its
-    number. It goes on only with what is ``known`` of it, a digest of the examples say. Without ``shuffle`` (validation) each
-    iteration is whole."""
+    number. Without ``shuffle`` (validation) each iteration is whole."""
 
-    def __init__(self, seed: int, shuffle: bool, known: Mapping[str, Any]) -> None:
-        self.seed, self.shuffle, self.known, self.epoch, self.done = seed, shuffle, {"seed": seed, **known}, 0, 0
+    def __init__(self, seed: int, shuffle: bool) -> None:
+        self.seed, self.shuffle, self.epoch, self.done = seed, shuffle, 0, 0
+
+    @property
+    @abstractmethod
+    def known(self) -> Mapping[str, Any]:
+        """What must be the same for an order to go on: sizes, and a digest of the examples."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -56,11 +60,14 @@ class Order(ABC, Generic[BatchT]):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the order stands. Lightning keeps it in checkpoints."""
-        return {"epoch": self.epoch, "done": self.done, "batches": len(self), **self.known}
+        return {"epoch": self.epoch, "done": self.done, **self._settings()}
+
+    def _settings(self) -> dict[str, Any]:
+        return {"seed": self.seed, **self.known, "batches": len(self)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on there. Raises :class:`UserError` if that was another order."""
-        refuse_others("data", state, {**self.known, "batches": len(self)})
+        refuse_others("data", state, self._settings())
         self.epoch, self.done = state["epoch"], state["done"]
 
 

@@ -260,17 +260,6 @@ class Impatient(Callback):
         raise KeyboardInterrupt
 
 
-class Stopped(Callback):
-    """Ends the process's training as a kill would, after so many steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step == self.steps:
-            raise RuntimeError("killed")
-
-
 def kept(*more):
     """Callbacks of a run that saves each step, and perhaps does not live long."""
     saving = {
@@ -282,7 +271,7 @@ def kept(*more):
 
 
 def stopped(steps):
-    return {"class_path": "test_cli.Stopped", "init_args": {"steps": steps}}
+    return {"class_path": "sft_world.Killed", "init_args": {"steps": steps}}
 
 
 def test_sft_that_is_started_again_goes_on(world, tmp_path, capfd):
@@ -306,7 +295,7 @@ def test_sft_that_is_started_again_goes_on(world, tmp_path, capfd):
     assert cli.main(sft(world, out, *two, kept(stopped(1)), "--ckpt_path=none")) == 1
     assert not list((out / "checkpoints").glob("*.ckpt"))  # or the next would go on with the run before
     assert cli.main(sft(world, tmp_path / "new", "--ckpt_path=last")) == 2
-    assert "there is no checkpoint in" in capfd.readouterr().err
+    assert "there is no last checkpoint in" in capfd.readouterr().err
 
 
 def test_a_finished_run_is_left_as_it_is(world, tmp_path):

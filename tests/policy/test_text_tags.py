@@ -78,7 +78,7 @@ def read(backend, tokens, logprobs, end=None, segments=0):
 def split(backend, text):
     """Segments of a rollout, as (tag, text, closed)."""
     ids = backend.tokenizer(text, add_special_tokens=False)["input_ids"]
-    segments, priors = read(backend, ids, [-0.5] * len(ids), segments=0)
+    segments, priors = read(backend, ids, [-0.5] * len(ids))
     assert [token for segment in segments for token in segment.tokens] == ids  # nothing is lost, nothing twice
     assert all(len(s.tokens) == len(s.logprobs) == len(s.provenance) for s in segments)
     assert [s.priors for s in (*segments[-1:],)] == [{}] and list(priors) == [segments[0].tag]
@@ -91,7 +91,7 @@ def test_an_answer_that_is_no_path_at_all_is_a_rollout(path, backend):
     for text in ("", "one two"):
         ids = backend.tokenizer(text, add_special_tokens=False)["input_ids"]
         tree = expander.plant(Problem("p", "one two"), backend)
-        segments, priors = read(backend, ids, [-0.5] * len(ids), segments=0)
+        segments, priors = read(backend, ids, [-0.5] * len(ids))
         node, more = expander.tell(tree, 0, Completion(segments, priors), seed=0)
         tree.backup(node, Score(Verdict(Status.NO_ANSWER), 0.0, (0.0,)))
         (rollout,) = tree.rollouts()
@@ -185,7 +185,7 @@ def test_the_end_of_turn_is_a_token_of_the_path(backend, text, sizes, complete):
 def test_a_tag_s_probability_is_that_of_its_words(backend):
     ids = backend.tokenizer("next step one end step answer two end answer", add_special_tokens=False)["input_ids"]
     logprobs = [-0.1 * i for i in range(1, len(ids) + 1)]
-    (first, last), priors = read(backend, ids, logprobs, segments=0)
+    (first, last), priors = read(backend, ids, logprobs)
     assert priors == {"next_step": pytest.approx(math.exp(-0.3))}
     assert first.priors == {"output": pytest.approx(math.exp(-0.6))} and last.logprobs == tuple(logprobs[5:])
 
@@ -212,7 +212,7 @@ def test_a_path_is_read_back_as_it_was_encoded(backend, tokenizer):
             ]
         )
         assert example.tokens[-1] == tokenizer.eos_token_id and not any(example.loss[:prompt])
-        segments, _ = read(backend, example.tokens[prompt:-1], [0.0] * 99, segments=0)
+        segments, _ = read(backend, example.tokens[prompt:-1], [0.0] * 99)
         assert tuple(segment.step for segment in segments) == steps and all(s.closed for s in segments)
         flags, at = example.functional[prompt:], 0
         for (tag, _), segment, learned in zip(steps, segments, train, strict=True):
@@ -270,7 +270,7 @@ def test_the_paper_s_tags_as_text_of_a_byte_level_tokenizer(tmp_path):
     steps = (Step("next_step", "a < b > c </p>"), Step("verify", " 3 <verify> 4\n"), Step("output", "ünïcode 猫"))
     example = Encoder(tokenizer, table)(Trajectory(Problem("p", "?"), steps, (True,) * 3, "plain"))
     response = [t for t, learned in zip(example.tokens, example.loss, strict=True) if learned][:-1]
-    segments, _ = read(backend, response, [0.0] * len(response), segments=0)
+    segments, _ = read(backend, response, [0.0] * len(response))
     assert tuple(segment.step for segment in segments) == steps
     closed = Step("next_step", "a</next_step>b")
     assert Encoder(tokenizer, table)(Trajectory(Problem("p", "?"), (closed,), (True,), "plain")) is None

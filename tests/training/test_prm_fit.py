@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning import Callback, Trainer, seed_everything
+from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -31,7 +31,7 @@ from rftt_lightning.training.prm import (
     measure,
     valued_paths,
 )
-from sft_world import WORDS, save_base
+from sft_world import WORDS, Killed, save_base
 
 TABLE = TokenTable.from_yaml()
 BAD = "six"
@@ -271,17 +271,6 @@ def test_measures_are_those_of_plain_loops():
     assert found["loss"] == pytest.approx(-sum(math.log(p if r else 1 - p) for p, r in ends) / len(ends), abs=1e-5)
 
 
-class Killed(Callback):
-    """Ends training after so many steps, when they are saved."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, *args):
-        if trainer.global_step == self.step:
-            raise RuntimeError("killed")
-
-
 def test_a_run_goes_on_bitwise_and_with_its_own_settings_alone(world, tmp_path):
     def fit(out, kill=-1, path=None, batch_tokens=512, **model):
         seed_everything(0)
@@ -302,12 +291,12 @@ def test_a_run_goes_on_bitwise_and_with_its_own_settings_alone(world, tmp_path):
 
     straight, steps = fit("straight")
     half = steps // 2
-    for kill in (3, half, half + 2):  # within an epoch, and at an epoch's end
+    for saved in (3, half, half + 2):  # within an epoch, and at an epoch's end
         with pytest.raises(RuntimeError, match="killed"):
-            fit(f"killed{kill}", kill)
-        path = tmp_path / f"killed{kill}" / f"step={kill}.ckpt"
-        resumed, again = fit(f"resumed{kill}", path=path)
-        assert again == steps and all(torch.equal(resumed[name], weight) for name, weight in straight.items()), kill
+            fit(f"killed{saved}", saved + 1)
+        path = tmp_path / f"killed{saved}" / f"step={saved}.ckpt"
+        resumed, again = fit(f"resumed{saved}", path=path)
+        assert again == steps and all(torch.equal(resumed[name], weight) for name, weight in straight.items()), saved
     for words, other in {
         "model.lr=0.01, now it is 0.5": {"lr": 0.5},
         "data.batch_tokens=512, now it is 600": {"batch_tokens": 600},

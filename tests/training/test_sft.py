@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning import Callback, Trainer, seed_everything
+from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
@@ -15,7 +15,7 @@ from rftt_lightning.policy.vocab import load
 from rftt_lightning.training.callbacks import ExportHF, Samples
 from rftt_lightning.training.data import TreeDataModule, share_of
 from rftt_lightning.training.sft import SFTModule, lr_factor, nll_and_right, scheduled_adamw
-from sft_world import save_base, trajectories, write_store
+from sft_world import Killed, save_base, trajectories, write_store
 
 
 @pytest.fixture(scope="module")
@@ -207,17 +207,6 @@ def test_many_kills_add_no_epoch(world, tmp_path, kills):
     assert again.global_step == 8
     for name, weight in weights(straight).items():
         assert torch.equal(weights(resumed)[name], weight), name
-
-
-class Killed(Callback):
-    """Ends training after so many steps, before they are saved."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step == self.step:
-            raise RuntimeError("killed")
 
 
 # -- export --------------------------------------------------------------------------------------------------------------
