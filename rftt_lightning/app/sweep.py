@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import string
@@ -44,8 +45,9 @@ def sweep(
     """Run a plan of commands, each once what it builds on is done; what is done is not run again.
 
     In a command ``$here`` is the stage's own folder, ``$sft`` that of the stage ``sft``, which then must come first, ``$seed`` the
-    seed, and any other name one of ``variables``. A stage runs once for each seed if it, or what it builds on, names the seed, in
-    ``out/seed-N/STAGE``; else once for all, in ``out/STAGE``. A stage that names ``$out`` comes after all that do not.
+    seed. A name among ``variables`` stands for that text, which may be several words and name stages and variables itself. A stage
+    runs once for each seed if it, or what it builds on, names the seed, in ``out/seed-N/STAGE``; else once for all, in
+    ``out/STAGE``. A stage that names ``$out`` comes after all that do not.
 
     When a command fails, what builds on it is left out and the rest goes on; the exit status is then 1. Ctrl-C and SIGTERM are
     passed on to the commands, which save what they have.
@@ -54,7 +56,7 @@ def sweep(
         stages: name -> command line, whose first word is rftt or python; run without a shell.
         out: folder of all stages; logs/ has what they print, stages.json what is done and in how many seconds.
         seeds: of the stages that name the seed.
-        variables: for other names in the commands.
+        variables: name -> text, in quotes where it is one word with spaces in it.
         lanes: commands side by side; threads: CPU threads of each.
         show: stages whose output is printed at the end.
         only: stages to be run, with what they build on; empty is all.
@@ -108,6 +110,7 @@ def expand(
     nothing, and for stages that need each other."""
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds is {list(seeds)}; give one or more, each once")
+    stages = {stage: _filled(stage, line, variables) for stage, line in stages.items()}
     names = {stage: _names(stage, line) for stage, line in stages.items()}
     last = {stage for stage in stages if "out" in names[stage]}
     needs = {s: [n for n in stages if n in names[s] or (s in last and n not in last)] for s in stages}
@@ -124,9 +127,7 @@ def expand(
     for stage in stages:
         for seed in seeds if stage in seeded else seeds[:1]:
             known = {other: str(out / name(other, seed)) for other in stages}
-            known |= {"here": known[stage], "out": str(out), "seed": str(seed)} | {
-                k: str(v) for k, v in variables.items()
-            }
+            known |= {"here": known[stage], "out": str(out), "seed": str(seed)}
             try:
                 args = tuple(string.Template(word).substitute(known) for word in shlex.split(stages[stage]))
             except KeyError as error:
@@ -136,6 +137,16 @@ def expand(
             below = [name(need, s) for need in needs[stage] for s in (seeds if stage in last else [seed])]
             runs.append(Run(name(stage, seed), stage, args, tuple(dict.fromkeys(below))))
     return runs
+
+
+def _filled(stage: str, line: str, variables: Mapping[str, str | int | float]) -> str:
+    """The command with the text of its variables, and of those that they name."""
+    for _ in range(len(variables) + 1):
+        before = line
+        line = re.sub(r"\$\$|\$(\w+)|\$\{(\w+)\}", lambda m: str(variables.get(m[1] or m[2] or "", m[0])), line)
+        if line == before:
+            return line
+    raise UserError(f"stage {stage}: variables name each other: {line!r}")
 
 
 def _names(stage: str, line: str) -> set[str]:

@@ -80,6 +80,15 @@ def test_braces_and_quotes_reach_the_command_as_they_are():
     assert run.args == ("rftt", "evaluate", "--mask", '["verify", "refine"]', "--x", '{"a": 2}', "--cost", "$5")
 
 
+def test_a_variable_may_be_several_words_and_name_stages_and_variables():
+    stages = {"a": "rftt search --seed $seed", "b": "rftt curate", "best": "python choose.py --world '$world' ${many}"}
+    *_, best = plan(stages, (4,), many="$a $b --top $n", n=2, world="my world")
+    words = ("python", "choose.py", "--world", "my world", "out/seed-4/a", "out/b", "--top", "2")
+    assert best == Run("seed-4/best", "best", words, ("seed-4/a", "b"))
+    with pytest.raises(UserError, match="stage a: variables name each other"):
+        plan({"a": "rftt search $n"}, n="$m", m="$n")
+
+
 @pytest.mark.parametrize(
     "stages, message",
     [
