@@ -16,7 +16,7 @@ CONFIGS = sorted(
     for path in (ROOT / top).rglob("*.yaml")
     if not path.stem.startswith("tokens_")  # tables
 )
-WHOLE = [name for name in CONFIGS if Path(name).parent.name in ("tiny", "arithmetic")]
+WHOLE = [name for name in CONFIGS if Path(name).parent.name in ("tiny", "arithmetic", "countdown4")]
 """Configs of the embedded worlds: no parts, no overlays."""
 FIT = {"sft", "prm", "rl"}  # commands with the subcommand fit
 

@@ -10,6 +10,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 from rftt_lightning.core.contracts import QUESTION, Backend, Problem, ProblemSource, Request, Sampling, Status, Step
 from rftt_lightning.core.tokens import TokenTable
@@ -20,7 +21,7 @@ from rftt_lightning.tiny.arithmetic import Arithmetic
 from rftt_lightning.tiny.countdown import Countdown
 from rftt_lightning.tiny.world import AFTER, World
 
-SOURCES = {"countdown": Countdown, "arithmetic": Arithmetic}
+SOURCES = {"countdown": Countdown, "countdown4": partial(Countdown, numbers=4), "arithmetic": Arithmetic}
 PROMPTS = read_prompts("pkg:tiny/prompts", [*TokenTable.from_yaml().names, COT])
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rftt_lightning.core.contracts import Message, ProblemSource, Step
 from rftt_lightning.core.tokens import TokenTable
@@ -30,19 +30,20 @@ PROMPTS = read_prompts("pkg:tiny/prompts", [*TokenTable.from_yaml().names, COT])
 
 
 class Recipe(NamedTuple):
-    """A world's documents, the words of its tokenizer beside prompts and numbers, and how long to train."""
+    """A world's documents, the words of its tokenizer beside prompts and numbers, how long to train, and how wide a model."""
 
     world: ModuleType
     source: ProblemSource
     words: str
     numbers: int
     steps: int
+    hidden: int = 128
 
 
+COUNTDOWN = "target combine ok wrong , ; = + - *"
 RECIPES = {
-    "countdown": Recipe(
-        countdown, countdown.Countdown("train", 8000), "target combine ok wrong , ; = + - *", 100, 7000
-    ),
+    "countdown": Recipe(countdown, countdown.Countdown("train", 8000), COUNTDOWN, 100, 7000),
+    "countdown4": Recipe(countdown, countdown.Countdown("train", 20000, numbers=4), COUNTDOWN, 100, 9000, hidden=192),
     "arithmetic": Recipe(arithmetic, arithmetic.Arithmetic("train", 40000), "ok wrong , ; : = + - * ( )", 10, 6000),
 }
 
@@ -134,11 +135,16 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=2560, help="tokens of a batch, padding included")
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--start", type=Path, help="a checkpoint of this world to go on from, with a learning rate begun anew"
+    )
     options = parser.parse_args()
     recipe = RECIPES[options.world]
     words = " ".join([*PROMPTS.values(), recipe.words]).split()
     tokenizer = build_tokenizer(words, recipe.numbers)
-    model = build_model(tokenizer, options.seed)
+    model = build_model(tokenizer, options.seed, recipe.hidden)
+    if options.start:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(options.start, dtype=torch.float32).state_dict())
     stream = batches(tokenizer, chats(recipe, options.seed), options.positions, options.seed)
     train(model, stream, options.steps or recipe.steps, options.lr)
     out = options.out or Path(f"rftt_lightning/tiny/checkpoints/{options.world}")

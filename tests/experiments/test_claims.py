@@ -138,7 +138,7 @@ def test_the_table_pairs_arms_by_problem_and_leaves_out_what_was_not_run(tmp_pat
     assert (tmp_path / "claims.md").read_text().startswith("| claim |")
 
 
-@pytest.mark.parametrize("overlay", ["", "sweep_arithmetic"])
+@pytest.mark.parametrize("overlay", ["", "sweep_arithmetic", "sweep_countdown4"])
 def test_each_command_of_a_world_is_understood(overlay, monkeypatch, capsys):
     """The configs that a plan names are there for that world, and have what the plan sets."""
     monkeypatch.chdir(ROOT)

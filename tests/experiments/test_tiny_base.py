@@ -23,7 +23,7 @@ def script(name: str):
 train, measure = script("train"), script("measure")
 
 
-@pytest.mark.parametrize("world", ["countdown", "arithmetic"])
+@pytest.mark.parametrize("world", list(train.RECIPES))
 def test_every_document_is_made_of_known_words_and_loss_is_on_the_assistant(world):
     recipe = train.RECIPES[world]._replace(source=measure.SOURCES[world]("train", count=200))
     words = " ".join([*train.PROMPTS.values(), recipe.words]).split()
@@ -41,7 +41,7 @@ def test_every_document_is_made_of_known_words_and_loss_is_on_the_assistant(worl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", ["countdown", "arithmetic"])
+@pytest.mark.parametrize("world", list(train.RECIPES))
 def test_two_steps_train_save_and_can_be_measured(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", world, "--steps", "2", "--out", str(tmp_path)])
     train.main()
