@@ -198,6 +198,22 @@ def report(sweep: Sweep, source: ProblemSource) -> tuple[str, dict[str, Any]]:
     return f"{lines(rows)}\n\n{lines(arms)}\n", data
 
 
+def cost(out: Path) -> dict[str, Any]:
+    """What the sweep's ``stages.json`` says: how many runs, minutes in all, minutes of all runs added, the longest run."""
+    record = out / "stages.json"
+    if not record.exists():
+        return {}
+    known = json.loads(record.read_text(encoding="utf-8"))
+    longest = max(known["seconds"], key=known["seconds"].get)
+    return {
+        "runs": len(known["seconds"]),
+        "minutes": known["total"] / 60,
+        "minutes of runs": sum(known["seconds"].values()) / 60,
+        "longest": longest,
+        "minutes of the longest": known["seconds"][longest] / 60,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder of the sweep")
@@ -207,6 +223,11 @@ def main() -> None:
     options = parser.parse_args()
     module, _, name = options.source.rpartition(".")
     text, data = report(Sweep(options.out), getattr(import_module(module), name)())
+    if spent := cost(options.out):
+        data["cost"] = spent
+        text += (
+            "\n" + ", ".join(f"{key} {f'{v:.0f}' if isinstance(v, float) else v}" for key, v in spent.items()) + "\n"
+        )
     (options.out / "claims.md").write_text(text, encoding="utf-8")
     (options.out / "claims.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     print(text)

@@ -127,6 +127,8 @@ def test_the_table_pairs_arms_by_problem_and_leaves_out_what_was_not_run(tmp_pat
         evaluated(tmp_path / f"seed-{seed}" / "evaluate_sft", [i < 4 for i in range(20)])
         evaluated(tmp_path / f"seed-{seed}" / "evaluate_rl", [i < gain for i in range(20)])
         evaluated(tmp_path / f"seed-{seed}" / "evaluate_orm", [True] * seed, finished=seed == 0)  # under way
+    seconds = {"seed-0/evaluate_rl": 90.0, "evaluate_base": 30.0}
+    (tmp_path / "stages.json").write_text(json.dumps({"seconds": seconds, "total": 100.0, "done": {}}))
     monkeypatch.setattr("sys.argv", ["table.py", str(tmp_path)])
     table.main()
     lines = capsys.readouterr().out.splitlines()
@@ -135,6 +137,8 @@ def test_the_table_pairs_arms_by_problem_and_leaves_out_what_was_not_run(tmp_pat
     data = json.loads((tmp_path / "claims.json").read_text())
     assert [claim["mean"] for claim in data["claims"]] == pytest.approx([0.2, 0.45])
     assert data["arms"]["rl"]["accuracy"] == [0.6, 0.7] and set(data["arms"]) == {"base", "sft", "rl"}
+    assert data["cost"]["minutes of runs"] == 2.0 and data["cost"]["longest"] == "seed-0/evaluate_rl"
+    assert "minutes of the longest 2" in lines[-2]
     assert (tmp_path / "claims.md").read_text().startswith("| claim |")
 
 
