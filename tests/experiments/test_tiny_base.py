@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rftt_lightning.policy.hf import HFBackend
@@ -52,3 +54,14 @@ def test_two_steps_train_save_and_can_be_measured(world, tmp_path, monkeypatch, 
     assert "answers read" in measure.chain_of_thought(source, backend)
     paths = measure.walks(source, backend, temperature=0.7, longest=3)
     assert len(paths) == 8 and all(1 <= len(steps) <= 3 for _, steps in paths)
+
+
+def test_training_can_start_from_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda *args: None)
+    monkeypatch.setattr(sys, "argv", ["train.py", "countdown", "--seed", "1", "--out", str(tmp_path / "first")])
+    train.main()
+    start = ["--seed", "2", "--start", str(tmp_path / "first"), "--out", str(tmp_path / "second")]
+    monkeypatch.setattr(sys, "argv", ["train.py", "countdown", *start])
+    train.main()
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
