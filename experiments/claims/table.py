@@ -225,9 +225,8 @@ def main() -> None:
     text, data = report(Sweep(options.out), getattr(import_module(module), name)())
     if spent := cost(options.out):
         data["cost"] = spent
-        text += (
-            "\n" + ", ".join(f"{key} {f'{v:.0f}' if isinstance(v, float) else v}" for key, v in spent.items()) + "\n"
-        )
+        shown = (f"{key} {value:.0f}" if isinstance(value, float) else f"{key} {value}" for key, value in spent.items())
+        text += f"\n{', '.join(shown)}\n"
     (options.out / "claims.md").write_text(text, encoding="utf-8")
     (options.out / "claims.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     print(text)

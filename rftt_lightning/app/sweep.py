@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shlex
 import signal
 import string
@@ -143,7 +142,7 @@ def _filled(stage: str, line: str, variables: Mapping[str, str | int | float]) -
     """The command with the text of its variables, and of those that they name."""
     for _ in range(len(variables) + 1):
         before = line
-        line = re.sub(r"\$\$|\$(\w+)|\$\{(\w+)\}", lambda m: str(variables.get(m[1] or m[2] or "", m[0])), line)
+        line = string.Template.pattern.sub(lambda m: str(variables.get(m["named"] or m["braced"] or "", m[0])), line)
         if line == before:
             return line
     raise UserError(f"stage {stage}: variables name each other: {line!r}")
