@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from rftt_lightning.core.contracts import (
     QUESTION,
@@ -26,6 +27,7 @@ from rftt_lightning.core.contracts import (
     Score,
     Segment,
     Status,
+    Unavailable,
     Verdict,
 )
 from rftt_lightning.core.tokens import TokenTable
@@ -246,6 +248,19 @@ class ComparedReward(LateReward):
         scores = super().score(source, rollouts)
         mean = sum(sum(score.rewards) for score in scores) / len(scores)
         return [replace(score, rewards=(*score.rewards[:-1], score.rewards[-1] - mean)) for score in scores]
+
+
+class LostReward(ComparedReward):
+    """As long as there is a file ``down``, its service does not answer for the problem ``lost`` (an id)."""
+
+    def __init__(self, lost: str, down: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(problems=problems)
+        self.lost, self.down = lost, Path(down)
+
+    def score(self, source: ProblemSource, rollouts: Sequence[Rollout]) -> list[Score]:
+        if self.down.exists() and self.lost in {rollout.problem.id for rollout in rollouts}:
+            raise Unavailable("the service is down; start it, and run again")
+        return super().score(source, rollouts)
 
 
 def table_of(grammar: Mapping[str, Sequence[str]], prompted: Mapping[str, Sequence[str]] | None = None) -> TokenTable:

@@ -339,7 +339,8 @@ class Reward(ABC):
         """One score per rollout, in order; all verdicts asked of ``source`` in one batch.
 
         Rewards may hang on all rollouts that are scored together. Search asks for some at a time; training asks again for all of a
-        step. A rollout that has a score keeps its verdict, value and steps, and gets new rewards."""
+        step, on each rank for those of all ranks. A rollout that has a score keeps its verdict, value and steps, and gets new
+        rewards."""
 
 
 class Backend(ABC):

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from filelock import FileLock, Timeout
 from lightning import Fabric
 from lightning.fabric.loggers import TensorBoardLogger
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
 from rftt_lightning.core.contracts import (
     Problem,
@@ -40,6 +40,7 @@ from rftt_lightning.training import checkpoints, measures
 from rftt_lightning.training.diagnostics import Callback
 from rftt_lightning.training.metrics import AnswerAccuracy
 from rftt_lightning.training.problems import ProblemDataModule
+from rftt_lightning.training.ranks import Ranks
 from rftt_lightning.training.rl import MEASURED, RLBatch, RLModule, Work, collate
 
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -167,6 +168,7 @@ class RLTrainer:
             precision=precision,  # type: ignore[arg-type]
             callbacks=self.callbacks,
         )
+        self.ranks = Ranks(self.fabric)
         self.stop_asked, self.stop_reason = False, ""
 
     # what LightningCLI and its SaveConfigCallback ask of a trainer
@@ -241,7 +243,7 @@ class RLTrainer:
                 if (accuracy := metrics.get("validation/accuracy", -1.0)) > best:
                     best = accuracy
                     self._save_best(step + 1, best, model, settings)
-                stop = bool(self.fabric.all_reduce(torch.tensor(float(self.stop_asked)), reduce_op="sum"))
+                stop = bool(self.ranks.total(self.stop_asked))
                 if stop or (step + 1) % self.checkpoint_every == 0 or step + 1 == self.max_steps:
                     self._save(step + 1, model, optimizer, settings)
                 if stop and (reason := self.strategy.broadcast(self.stop_reason)):
@@ -328,7 +330,7 @@ class RLTrainer:
         batch = collate(kept, model.vocabulary) if kept else collate(rollouts[:1], model.vocabulary).muted()
         batch = batch.to(self.fabric.device)
         with self.fabric.autocast():  # as in the update, or the ratio would not begin at one
-            batch = model.prepare(batch, self.micro_batch, self._sum)
+            batch = model.prepare(batch, self.micro_batch, self.ranks.sum)
         clock.append(time.monotonic())
         metrics = self._learn(step, module, model, optimizer, batch)
         clock.append(time.monotonic())
@@ -339,10 +341,13 @@ class RLTrainer:
         return metrics, _times(clock, progress), trees
 
     def _settle(self, trees: Sequence[Tree], source: ProblemSource) -> None:
-        """Rewards that hang on what is scored together (a mean that is taken off, say) are those of this rank's whole step, not of
-        what happened to end at the same time."""
-        rollouts = [tree.rollout(leaf, score) for tree in trees for leaf, score in tree.leaves]
-        scores = iter(self.reward.score(source, rollouts))
+        """Rewards that hang on what is scored together (a mean that is taken off, say) are those of the whole step on all ranks,
+        not of what happened to end at the same time on one of them."""
+        mine = [tree.rollout(leaf, score) for tree in trees for leaf, score in tree.leaves]
+        gathered = self.ranks.gather(mine)
+        begin = sum(map(len, gathered[: self.fabric.global_rank]))
+        everyone = [rollout for rollouts in gathered for rollout in rollouts]
+        scores = iter(self.ranks.together(lambda: self.reward.score(source, everyone))[begin:])
         for tree in trees:
             tree.leaves = [(leaf, next(scores)) for leaf, _ in tree.leaves]
 
@@ -364,19 +369,13 @@ class RLTrainer:
         for turn in range(1 + self.refill):
             mine = problems[rank::ranks]
             fresh = [problem for problem in mine if problem.id not in stored]
-            grown = self._grow(
-                mine if fresh and self.reuse == "steps" else fresh,
-                self.expander,
-                self.reward,
-                backend,
-                data.train,
-                seed_of(self.seed, step),
-                progress,
-                self.store,
+            grow = partial(self._grow, mine if fresh and self.reuse == "steps" else fresh, self.expander, self.reward)
+            grown = self.ranks.together(
+                partial(grow, backend, data.train, seed_of(self.seed, step), progress, self.store)
             )
             found = stored | {tree.problem.id: tree for tree in grown}
             trees += [found[problem.id] for problem in mine]
-            live = self._total(sum(self._learns_from(self._judged(tree)) for tree in trees))
+            live = self.ranks.total(sum(self._learns_from(self._judged(tree)) for tree in trees))
             if turn == self.refill or not (missing := data.batch_size - int(live)):
                 break
             problems = data.further(step, begun, missing)
@@ -443,7 +442,7 @@ class RLTrainer:
         for _ in range(self.epochs):
             for index in torch.randperm(len(batch)).tensor_split(mini_batches):
                 mini = batch.rows(index.to(batch.tokens_BL.device))
-                totals = self._sum(model.totals(mini))
+                totals = self.ranks.sum(model.totals(mini))
                 if totals[1] == 0:  # all ranks dropped all: momentum and weight decay alone are no learning
                     continue
                 totals = totals.clamp(min=1.0)
@@ -456,7 +455,7 @@ class RLTrainer:
                         self.fabric.backward(loss * self.fabric.world_size)
                     total += measured
                 sums.update(
-                    dict(zip(MEASURED, self._sum(total).tolist(), strict=True))
+                    dict(zip(MEASURED, self.ranks.sum(total).tolist(), strict=True))
                 )  # ranks differ in micro-batches
                 norm = self.fabric.clip_gradients(
                     module, optimizer, max_norm=self.gradient_clip, error_if_nonfinite=False
@@ -474,21 +473,21 @@ class RLTrainer:
     ) -> dict[str, float]:
         """Metrics of a step over all ranks: accuracy and what :mod:`measures` names are those of all rollouts, reward, KL and the
         sampler's gap those of the ``learned`` ones in ``batch``; ``judged`` is how many were not dropped."""
-        judged, learned = self._total(judged), self._total(learned)
-        tokens = self._sum(batch.mask_BT.sum()).clamp(min=1)
-        kl = self._sum(((batch.old_BT - batch.reference_BT) * batch.mask_BT).sum()) / tokens
+        judged, learned = self.ranks.total(judged), self.ranks.total(learned)
+        tokens = self.ranks.sum(batch.mask_BT.sum()).clamp(min=1)
+        kl = self.ranks.sum(((batch.old_BT - batch.reference_BT) * batch.mask_BT).sum()) / tokens
         sampled_BT = (batch.provenance_BT == int(Provenance.SAMPLED)) * batch.mask_BT
-        gap = float(objectives.sampler_gap(batch.old_BT, batch.behaviour_BT, sampled_BT, self._sum))
+        gap = float(objectives.sampler_gap(batch.old_BT, batch.behaviour_BT, sampled_BT, self.ranks.sum))
         # Rollouts of one tree share prefixes, so they are not independent: the true interval is wider than this one.
         found = self._verdicts([rollout for tree in trees for rollout in tree.rollouts()])
         sums = measures.count(trees, self.expander.table, source)
-        total = self._sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+        total = self.ranks.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
         return {
-            "reward": float(self._sum(batch.rewards_BT.sum()) / max(learned, 1.0)),
+            "reward": float(self.ranks.sum(batch.rewards_BT.sum()) / max(learned, 1.0)),
             "accuracy": found["accuracy"],
             "accuracy_low": found["low"],
             "accuracy_high": found["high"],
-            "problems": self._total(len(trees)),
+            "problems": self.ranks.total(len(trees)),
             "rollouts": float(found["n"]),
             "dropped": found["n"] - judged,
             "filtered": judged - learned,
@@ -513,18 +512,9 @@ class RLTrainer:
         answers = [tree.rollouts()[0] for tree in trees]
         found = self._verdicts(answers)
         metrics = {f"validation/{name}": found[name] for name in ("accuracy", "low", "high")}
-        return metrics | {"validation/length": self._total(sum(r.length for r in answers)) / found["n"]}, answers
+        return metrics | {"validation/length": self.ranks.total(sum(r.length for r in answers)) / found["n"]}, answers
 
     # -- logging, saving -------------------------------------------------------------------------------------------------
-
-    def _sum(self, value: Tensor) -> Tensor:
-        if self.fabric.world_size == 1:
-            return value
-        return self.fabric.all_reduce(value.to(self.fabric.device), reduce_op="sum")  # type: ignore[return-value]
-
-    def _total(self, value: float) -> float:
-        """The sum over ranks."""
-        return float(self._sum(torch.tensor(float(value), dtype=torch.float64)))
 
     def _log(self, step: int, metrics: dict[str, float], times: dict[str, float]) -> None:
         if not self.is_global_zero:
@@ -587,11 +577,13 @@ class RLTrainer:
         return describe(settings)
 
     def _save(self, steps: int, model: RLModule, optimizer: Any, settings: dict[str, Any]) -> None:
+        """Write a checkpoint; no rank goes on before that. One that ended, as after a stop, would have the others killed."""
         if self.is_global_zero:
             state = {"settings": settings, "model": model.weights_saved(), "optimizer": optimizer.state_dict()}
             if model.hparams.reference_reset:
                 state["reference"] = model.reference
             self.folder.save(steps, state)
+        self.fabric.barrier()
 
     def _save_best(self, steps: int, accuracy: float, model: RLModule, settings: dict[str, Any]) -> None:
         if self.is_global_zero:
