@@ -2,14 +2,16 @@
 
 Arms answered the same problems, so differences are taken problem by problem. The interval (95 %) is that of a bootstrap over
 problems and seeds together. A claim is supported, or contradicted, if its interval excludes 0 and the seeds agree in sign.
+
+Shape suffixes: S seeds, P problems.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,14 +29,20 @@ SAME = 0.02
 """A control is held to its word if its gain is below this, or its interval holds 0."""
 
 
+FEW = 50
+"""Steps of a seed; of fewer a share says nothing."""
+
+
 class Claim(NamedTuple):
     """That the arm ``first`` is better than ``second``; a control must not be (``helps`` False). An arm is the name after
-    ``evaluate_``; ``rl/majority/16`` is the majority vote of its search's first 16 rollouts."""
+    ``evaluate_``; ``rl/majority/16`` is the majority vote of its search's first 16 rollouts. Better is a greater share of right
+    answers, or of right steps, by the domain's exact checker, of the functional token ``steps``."""
 
     text: str
     first: str
     second: str
     helps: bool = True
+    steps: str = ""
 
 
 CLAIMS = (
@@ -48,6 +56,9 @@ CLAIMS = (
     Claim("REINFORCE++ beats on-policy rejection sampling", "rl", "rejection"),
     Claim("the tree beats plain sampling", "rl", "sampling"),
     Claim("outcome and process reward beat the outcome alone", "rl", "orm"),
+    Claim("the process reward keeps verify's verdicts right", "rl", "orm", steps="verify"),
+    Claim("the process reward keeps refine's steps right, and new", "rl", "orm", steps="refine"),
+    Claim("the process reward keeps finishing steps right, and new", "rl", "orm", steps="direct_answer"),
     Claim("RL needs the warm-up", "rl", "no_warmup"),
     Claim("verify and refine help, masked at inference", "rl", "rl_masked"),
     Claim("verify and refine help, masked in training, too", "rl", "no_checks"),
@@ -83,16 +94,28 @@ class Difference(NamedTuple):
         return "contradicts" if agree and self.high < 0 else "no difference seen"
 
 
-def difference(first: np.ndarray, second: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Difference:
-    """Of two arms' answers [seeds, problems], 1 where right."""
-    gain_SP = first.astype(float) - second.astype(float)
+class Tally(NamedTuple):
+    """What an arm did in each problem: how many answers, or steps, were right, of how many."""
+
+    right_SP: np.ndarray
+    count_SP: np.ndarray
+
+    def rates(self, problems: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Share of right ones in each seed [S], of these problems."""
+        return self.right_SP[:, problems].sum(1) / self.count_SP[:, problems].sum(1)
+
+
+def difference(first: Tally, second: Tally, draws: int = DRAWS, seed: int = 0) -> Difference:
+    """Of two arms' shares, the mean over seeds."""
     rng = np.random.default_rng(seed)
-    seeds, problems = gain_SP.shape
-    means = [
-        gain_SP[rng.integers(seeds, size=seeds)][:, rng.integers(problems, size=problems)].mean() for _ in range(draws)
-    ]
+    seeds, problems = first.right_SP.shape
+    means = np.empty(draws)
+    for i in range(draws):
+        some, asked = rng.integers(seeds, size=seeds), rng.integers(problems, size=problems)
+        means[i] = (first.rates(asked) - second.rates(asked))[some].mean()
     low, high = np.quantile(means, [0.025, 0.975])
-    return Difference(float(gain_SP.mean()), float(low), float(high), tuple(gain_SP.mean(1).tolist()))
+    gains_S = first.rates() - second.rates()
+    return Difference(float(gains_S.mean()), float(low), float(high), tuple(gains_S.tolist()))
 
 
 class Sweep:
@@ -114,13 +137,21 @@ class Sweep:
         stores = [folder / ("search" if how else "greedy") for folder in folders]
         return all(path.exists() for path in (*stores, *(folder / "results.json" for folder in folders)))
 
-    def right(self, arm: str) -> np.ndarray:
-        """[seeds, problems] in the order of the problems' names."""
-        rows = [self._right(seed, *arm.split("/")) for seed in self.seeds]
+    def answers(self, arm: str) -> Tally:
+        """Is the answer right? Columns are problems in the order of their names."""
+        right_SP = self._columns(arm, [self._right(seed, *arm.split("/")) for seed in self.seeds])
+        return Tally(right_SP, np.ones_like(right_SP))
+
+    def steps(self, arm: str, tag: str, source: ProblemSource) -> Tally:
+        """Are steps of this functional token right, by the exact checker? Those that it does not judge do not count."""
+        judged = [{r.problem.id: _judged(r, source)[tag] for r in self.greedy(seed, arm)} for seed in self.seeds]
+        return Tally(*np.moveaxis(self._columns(arm, judged), -1, 0))
+
+    def _columns(self, arm: str, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         names = sorted(rows[0])
         if any(sorted(row) != names for row in rows):
             raise SystemExit(f"the seeds of {arm} answered different problems")
-        return np.array([[row[name] for name in names] for row in rows])
+        return np.array([[row[name] for name in names] for row in rows], dtype=float)
 
     def _right(self, seed: Path, arm: str, how: str = "greedy", count: str = "1") -> dict[str, bool]:
         if how == "greedy":
@@ -135,16 +166,25 @@ class Sweep:
         return [tree.rollouts()[0] for tree in read_trees(self.folder(seed, arm) / "greedy")]
 
 
+def _judged(rollout: Rollout, source: ProblemSource) -> defaultdict[str, tuple[int, int]]:
+    """By functional token: how many steps the exact checker calls right, of how many that it judges, 0 of 0 where there are none."""
+    found = defaultdict[str, tuple[int, int]](lambda: (0, 0))
+    for (tag, _), score in zip(rollout.steps, source.check_steps(rollout.problem, rollout.steps), strict=True):
+        if score is not None:
+            right, count = found[tag]
+            found[tag] = right + (score > 0.5), count + 1
+    return found
+
+
 def mechanism(rollouts: Sequence[Rollout], source: ProblemSource) -> dict[str, float]:
     """Where an arm's answers stand: is the first attempt chosen better, are more of them mended, are steps right by the domain's
     exact checker, are segments broken?"""
-    used, scored, right = Counter[str](), Counter[str](), Counter[str]()
+    used = Counter(tag for rollout in rollouts for tag, _ in rollout.steps)
+    right, scored = Counter[str](), Counter[str]()
     for rollout in rollouts:
-        for (tag, _), score in zip(rollout.steps, source.check_steps(rollout.problem, rollout.steps), strict=True):
-            used[tag] += 1
-            if score is not None:
-                scored[tag] += 1
-                right[tag] += score > 0.5
+        for tag, (good, count) in _judged(rollout, source).items():
+            right[tag] += good
+            scored[tag] += count
     n = len(rollouts)
     pairs = attempts(rollouts, source, TokenTable.from_yaml())
     ends = sum(bool(rollout.score and rollout.score.verdict.right) for rollout in rollouts)
@@ -179,7 +219,13 @@ def report(sweep: Sweep, source: ProblemSource) -> tuple[str, dict[str, Any]]:
     for claim in CLAIMS:
         if not (sweep.ran(claim.first) and sweep.ran(claim.second)):
             continue  # an arm of another world, or not run yet
-        found = difference(sweep.right(claim.first), sweep.right(claim.second))
+        pair = [
+            sweep.steps(arm, claim.steps, source) if claim.steps else sweep.answers(arm)
+            for arm in (claim.first, claim.second)
+        ]
+        if claim.steps and min(tally.count_SP.sum(1).min() for tally in pair) < FEW:
+            continue
+        found = difference(*pair)
         verdict = found.verdict(claim.helps)
         gains = ", ".join(per_cent(gain, sign=True) for gain in found.seeds)
         interval = f"[{per_cent(found.low, sign=True)}, {per_cent(found.high, sign=True)}]"
@@ -190,8 +236,8 @@ def report(sweep: Sweep, source: ProblemSource) -> tuple[str, dict[str, Any]]:
     for arm in filter(sweep.ran, sorted(known)):
         seeds = [mechanism(sweep.greedy(seed, arm), source) for seed in sweep.seeds]
         means = {key: float(np.mean([seed[key] for seed in seeds if key in seed])) for seed in seeds for key in seed}
-        accuracy = sweep.right(arm).mean(1).tolist()
-        data["arms"][arm] = {"accuracy": accuracy, **means}
+        accuracy = sweep.answers(arm).rates().tolist()
+        data["arms"][arm] = {"accuracy": accuracy, **means, "seeds": seeds}
         steps = [f"{key.removesuffix(' right')} {per_cent(v)}" for key, v in means.items() if key.endswith(" right")]
         cells = [f"{means[key]:.1f}" if key in COUNTS else per_cent(means[key]) for key in columns]
         arms.append([arm, ", ".join(map(per_cent, accuracy)), *cells, ", ".join(steps)])

@@ -28,9 +28,10 @@ table = load("table")
 
 
 def answers(*shares, problems=200, seed=0):
-    """Right answers [seeds, problems], so large a share of them in each seed."""
+    """So large a share of right answers in each seed."""
     rng = np.random.default_rng(seed)
-    return np.stack([rng.permutation(np.arange(problems) < share * problems) for share in shares])
+    right_SP = np.stack([rng.permutation(np.arange(problems) < share * problems) for share in shares]).astype(float)
+    return table.Tally(right_SP, np.ones_like(right_SP))
 
 
 @pytest.mark.parametrize(
@@ -60,8 +61,21 @@ def test_the_interval_is_that_of_problems_and_seeds():
     calm = table.difference(answers(0.6, 0.6, 0.6), one, draws=2000)
     torn = table.difference(answers(0.4, 0.6, 0.8), one, draws=2000)
     assert torn.high - torn.low > 1.5 * (calm.high - calm.low)
-    pairs = np.sqrt(np.var(answers(0.6, 0.6, 0.6) * 1.0 - one, axis=1).mean() / 200 / 3)  # of independent seeds
+    gain_SP = answers(0.6, 0.6, 0.6).right_SP - one.right_SP
+    pairs = np.sqrt(np.var(gain_SP, axis=1).mean() / 200 / 3)  # of independent seeds
     assert calm.high - calm.low == pytest.approx(2 * 1.96 * pairs, rel=0.35)
+
+
+def test_shares_of_steps_are_weighed_by_their_number():
+    """Problems with many steps count as often; each seed's share counts once; what agrees in each problem leaves no doubt."""
+    count_SP = np.array([[1.0, 4, 0, 3] * 50, [2.0, 0, 0, 0] * 50])
+    half = table.Tally(count_SP / 2, count_SP)
+    right_SP = np.array([[1.0, 0, 0, 3] * 50, [2.0, 0, 0, 0] * 50])
+    other = table.Tally(right_SP, count_SP)
+    assert table.difference(half, half, draws=100)[:3] == (0, 0, 0)
+    found = table.difference(half, other, draws=500)
+    assert found.seeds == pytest.approx((1 / 2 - 4 / 8, 1 / 2 - 1)) and found.mean == pytest.approx(-0.25)
+    assert found.low < -0.25 < found.high
 
 
 def answer(problem: Problem, *steps: tuple[str, str], right: bool, closed: bool = True) -> Tree:
@@ -111,17 +125,22 @@ def test_the_mechanism_counts_what_a_loop_counts():
     }
 
 
-def test_the_table_pairs_arms_by_problem_and_leaves_out_what_was_not_run(tmp_path, capsys, monkeypatch):
-    def evaluated(folder: Path, right: list[bool], finished: bool = True) -> None:
-        store = Store(folder / "greedy", "trees", {})
-        for i, good in enumerate(right):
-            problem = Problem(f"p{i}", PROBLEM.question, PROBLEM.answer, data=PROBLEM.data)
-            tree = answer(problem, WRONG, ("output", "x"), right=good)
-            store.add(problem.id, tree.to_json())
-        store.close()
-        if finished:
-            (folder / "results.json").write_text("{}")
+HONEST, LYING = ("verify", "2 , 9 ; wrong"), ("verify", "2 , 9 ; ok")
 
+
+def evaluated(folder: Path, right: list[bool], finished: bool = True, checks: int = 0) -> None:
+    """``checks`` verdicts an answer, of which those of right answers are honest."""
+    store = Store(folder / "greedy", "trees", {})
+    for i, good in enumerate(right):
+        problem = Problem(f"p{i}", PROBLEM.question, PROBLEM.answer, data=PROBLEM.data)
+        tree = answer(problem, WRONG, *[HONEST if good else LYING] * checks, ("output", "x"), right=good)
+        store.add(problem.id, tree.to_json())
+    store.close()
+    if finished:
+        (folder / "results.json").write_text("{}")
+
+
+def test_the_table_pairs_arms_by_problem_and_leaves_out_what_was_not_run(tmp_path, capsys, monkeypatch):
     evaluated(tmp_path / "evaluate_base", [False] * 20)
     for seed, gain in ((0, 12), (1, 14)):
         evaluated(tmp_path / f"seed-{seed}" / "evaluate_sft", [i < 4 for i in range(20)])
@@ -140,6 +159,20 @@ def test_the_table_pairs_arms_by_problem_and_leaves_out_what_was_not_run(tmp_pat
     assert data["cost"]["minutes of runs"] == 2.0 and data["cost"]["longest"] == "seed-0/evaluate_rl"
     assert "minutes of the longest 2" in lines[-2]
     assert (tmp_path / "claims.md").read_text().startswith("| claim |")
+
+
+@pytest.mark.parametrize("checks, asked", [(3, True), (2, False)])
+def test_a_claim_of_steps_is_about_the_checker_and_needs_enough_of_them(tmp_path, checks, asked):
+    """Twenty answers with three checks each are more than table.FEW, with two they are not."""
+    for seed in (0, 1):
+        evaluated(tmp_path / f"seed-{seed}" / "evaluate_rl", [i < 18 + seed for i in range(20)], checks=checks)
+        evaluated(tmp_path / f"seed-{seed}" / "evaluate_orm", [i < 8 for i in range(20)], checks=checks)
+    _, data = table.report(table.Sweep(tmp_path), Countdown())
+    found = {claim["steps"]: claim for claim in data["claims"]}
+    assert set(found) == ({"", "verify"} if asked else {""})
+    if asked:
+        assert found["verify"]["seeds"] == pytest.approx((0.5, 0.55)) and found["verify"]["verdict"] == "supports"
+    assert [seed["verify right"] for seed in data["arms"]["rl"]["seeds"]] == pytest.approx([0.9, 0.95])
 
 
 @pytest.mark.parametrize("overlay", ["", "sweep_arithmetic", "sweep_countdown4"])
