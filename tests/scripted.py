@@ -27,6 +27,7 @@ from rftt_lightning.core.contracts import (
     Score,
     Segment,
     Status,
+    Step,
     Unavailable,
     Verdict,
 )
@@ -193,6 +194,9 @@ class ScriptedSource(ProblemSource):
 
     def problems(self) -> list[Problem]:
         return self.list
+
+    def attempted(self, problem: Problem, steps: Sequence[Step]) -> bool:
+        return True
 
     def judge(self, problem: Problem, response: str) -> Verdict:
         words = response.rpartition("</")[0].rpartition(">")[2].split()

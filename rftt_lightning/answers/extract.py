@@ -38,6 +38,11 @@ _BETWEEN = re.compile(
 )
 
 
+def states_answer(text: str) -> bool:
+    r"""Is something said to be the answer: in a box, after ``####`` or "the answer is"? Else the last formula is a guess at one."""
+    return any(mark.search(text) for mark in (_BOX, _HASH, _MARK))
+
+
 def boxes(text: str) -> list[tuple[int, int, str]]:
     r"""The last complete ``\boxed`` groups, as (start, end, content), at most eight. An unclosed one is none."""
     found = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,16 @@ from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.core.tree import Tree
 from rftt_lightning.search.expand import Expander
-from rftt_lightning.search.vote import Accuracy, best, score_of, vote
+from rftt_lightning.search.vote import Accuracy, answer_of, best, scores, vote
 from rftt_lightning.training import measures
 from rftt_lightning.training.metrics import AnswerAccuracy
 
-VOTES: dict[str, Callable[[Sequence[Rollout]], Rollout | None]] = {
+VOTES: dict[str, Callable[[Sequence[Rollout], Mapping[str, str]], Rollout | None]] = {
     "majority": vote,
-    "weighted": lambda rollouts: vote(rollouts, score_of),
-    "best": best,
+    "weighted": lambda rollouts, same: vote(rollouts, same, scores(rollouts)),
+    "best": lambda rollouts, same: best(rollouts),
 }
+"""From rollouts, and which answers are the same, to one of them."""
 
 
 def evaluate(
@@ -75,7 +76,8 @@ def evaluate(
         if name == "greedy":
             results[name] = _greedy(trees, seconds, source, table, checks)
         else:
-            results["rollouts"] = {str(n): _n_rollouts(trees, n, seconds) for n in sorted(rollouts)}
+            same = [source.same([a for r in tree.rollouts() if (a := answer_of(r)) is not None]) for tree in trees]
+            results["rollouts"] = {str(n): _n_rollouts(trees, same, n, seconds) for n in sorted(rollouts)}
     folder = Path(out)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     text = _table(results)
@@ -152,14 +154,14 @@ def _repairs(
     }
 
 
-def _n_rollouts(trees: Sequence[Tree], n: int, seconds: float) -> dict[str, Any]:
-    """Accuracies by the first ``n`` rollouts. A tree that was spent earlier counts with the rollouts it has. Tokens are
-    those newly written; seconds are the search's, shared out by tokens."""
+def _n_rollouts(trees: Sequence[Tree], same: Sequence[Mapping[str, str]], n: int, seconds: float) -> dict[str, Any]:
+    """Accuracies by the first ``n`` rollouts; ``same`` tells which answers of a tree are counted as one. A tree that was spent
+    earlier counts with the rollouts it has. Tokens are those newly written; seconds are the search's, shared out by tokens."""
     chosen = dict.fromkeys((*VOTES, "any"), 0)
-    for tree in trees:
+    for tree, equal in zip(trees, same, strict=True):
         first = tree.rollouts()[:n]
         for name, choose in VOTES.items():
-            winner = choose(first)
+            winner = choose(first, equal)
             chosen[name] += bool(winner and winner.score and winner.score.verdict.right)
         chosen["any"] += any(r.score.verdict.right for r in first if r.score)
     tokens, everything = (

@@ -319,9 +319,18 @@ class ProblemSource(ABC):
         """Verdicts in the order of ``items``; override where a batch is cheaper."""
         return [self.judge(problem, response) for problem, response in items]
 
+    def same(self, answers: Sequence[str]) -> dict[str, str]:
+        """For each of these answers to one problem (:attr:`Verdict.answer`), the earliest that says the same, seen without the gold
+        answer: a vote counts them as one. Here only the same text does; override where an answer may be written in many ways."""
+        return {answer: answer for answer in answers}
+
     def output(self, answer: str) -> str:
         r"""Text of the ``<output>`` segment that states an extracted answer; maths: ``The answer is \boxed{…}.``"""
         return f"The answer is \\boxed{{{answer}}}."
+
+    def attempted(self, problem: Problem, steps: Sequence[Step]) -> bool:
+        """Have these steps come to an answer, so that what follows may mend it? A check of a step on the way there is no repair."""
+        return bool(steps) and steps[-1].tag == "direct_answer"
 
     def check_steps(self, problem: Problem, steps: Sequence[Step]) -> list[float | None]:
         """Exact step scores in [0, 1], None where a step computes nothing. A domain without a checker scores nothing."""

@@ -8,12 +8,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from rftt_lightning.answers import verify, verify_many
-from rftt_lightning.answers.extract import boxes
-from rftt_lightning.core.contracts import Problem, ProblemSource, UserError, Verdict
+from rftt_lightning.answers.extract import boxes, states_answer
+from rftt_lightning.core.contracts import Problem, ProblemSource, Step, UserError, Verdict
 
 Row = Mapping[str, Any]
 
@@ -73,6 +74,20 @@ class MathProblems(ProblemSource):
 
     def judge_many(self, items: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         return verify_many([(problem.answer, response) for problem, response in items])
+
+    def attempted(self, problem: Problem, steps: Sequence[Step]) -> bool:
+        return super().attempted(problem, steps) or (bool(steps) and states_answer(steps[-1].text))
+
+    def same(self, answers: Sequence[str]) -> dict[str, str]:
+        """Each later answer is judged as if an earlier one were the gold one."""
+        texts = list(dict.fromkeys(answers))
+        pairs = list(combinations(texts, 2))
+        verdicts = verify_many(pairs, kind="answer")
+        found = {text: text for text in texts}
+        for (earlier, later), verdict in zip(pairs, verdicts, strict=True):
+            if verdict.right and found[later] == later:
+                found[later] = found[earlier]
+        return found
 
 
 class JsonlProblems(MathProblems):
@@ -215,10 +230,16 @@ class Subset(ProblemSource):
     def judge_many(self, items: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         return self.source.judge_many(items)
 
+    def same(self, answers: Sequence[str]) -> dict[str, str]:
+        return self.source.same(answers)
+
     def output(self, answer: str) -> str:
         return self.source.output(answer)
 
-    def check_steps(self, problem: Problem, steps: Sequence[Any]) -> list[float | None]:
+    def attempted(self, problem: Problem, steps: Sequence[Step]) -> bool:
+        return self.source.attempted(problem, steps)
+
+    def check_steps(self, problem: Problem, steps: Sequence[Step]) -> list[float | None]:
         return self.source.check_steps(problem, steps)
 
 

@@ -127,6 +127,9 @@ class World(ProblemSource):
     def output(self, answer: str) -> str:
         return answer
 
+    def attempted(self, problem: Problem, steps: Sequence[Step]) -> bool:
+        return super().attempted(problem, steps) or self.replay(problem, steps)[0].finished
+
     def check_steps(self, problem: Problem, steps: Sequence[Step]) -> list[float | None]:
         return self.replay(problem, steps)[1]
 

@@ -88,20 +88,22 @@ def uncertainty(priors: Mapping[str, float]) -> float:
 
 def attempts(
     rollouts: Sequence[Rollout], source: ProblemSource, table: TokenTable, checks: Sequence[str] = CHECKS
-) -> list[tuple[bool, bool]]:
-    """For each rollout that checks itself: was the attempt before the first of ``checks`` right, and is the end? Attempts that
-    are the same are judged once, all in one batch."""
+) -> list[tuple[bool | None, bool]]:
+    """For each rollout that checks itself: was the attempt before the first of ``checks`` right (None: there was none that had come
+    to an answer, :meth:`ProblemSource.attempted`), and is the end? Attempts that are the same are judged once, all in one batch."""
     asked: dict[tuple[str, str], tuple[Problem, str]] = {}
-    pairs = []
+    pairs: list[tuple[tuple[str, str] | None, bool]] = []
     for rollout in rollouts:
         first = next((i for i, segment in enumerate(rollout.segments) if segment.tag in checks), None)
         if first is None:
             continue
-        text = table.render(rollout.steps[:first])
-        asked[rollout.problem.id, text] = rollout.problem, text
-        pairs.append(((rollout.problem.id, text), bool(rollout.score and rollout.score.verdict.right)))
+        key, steps = None, rollout.steps[:first]
+        if source.attempted(rollout.problem, steps):
+            key = rollout.problem.id, table.render(steps)
+            asked[key] = rollout.problem, key[1]
+        pairs.append((key, bool(rollout.score and rollout.score.verdict.right)))
     judged = dict(zip(asked, source.judge_many(list(asked.values())), strict=True)) if asked else {}
-    return [(judged[key].right, after) for key, after in pairs]
+    return [(judged[key].right if key else None, after) for key, after in pairs]
 
 
 def rates(sums: Mapping[str, float]) -> dict[str, float]:

@@ -43,6 +43,9 @@ class Source(ProblemSource):
     def problems(self):
         return [Problem(name, name, answer="r", level=LEVELS[name]) for name in PATHS][: self.count]
 
+    def attempted(self, problem, steps):
+        return True
+
     def judge(self, problem, response):
         answer = TABLE.parse(response)[-1].text
         status = {"r": Status.RIGHT, "n": Status.NO_ANSWER}.get(answer, Status.WRONG)

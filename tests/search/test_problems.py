@@ -36,6 +36,14 @@ def test_gsm8k_gold(tmp_path):
     assert GSM8K(path).judge(problem, r"so \boxed{1,200}").right
 
 
+def test_answers_that_say_the_same_are_found_without_a_gold_one(tmp_path):
+    source = GSM8K(write(tmp_path / "g.jsonl", [{"question": "How many?", "answer": "#### 7"}]))
+    answers = ["10", "3/4", "10.0", r"10\text{ cm}", "(1,2)", "0.75", "(1, 2)", "x+1", "1+x", "cm", "10"]
+    kinds = {"10": ["10.0", r"10\text{ cm}"], "3/4": ["0.75"], "(1,2)": ["(1, 2)"], "x+1": ["1+x"], "cm": []}
+    assert source.same(answers) == {text: kind for kind, others in kinds.items() for text in (kind, *others)}
+    assert Subset(source).same(["1/2", "0.5"]) == {"1/2": "1/2", "0.5": "1/2"} and source.same([]) == {}
+
+
 def test_math_gold_from_answer_or_box(tmp_path):
     with_answer = {
         "problem": "a?",

@@ -1,16 +1,19 @@
+import json
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rftt_lightning.core.contracts import Problem, Rollout, Score, Segment, Status, Verdict
-from rftt_lightning.search.vote import Accuracy, answer_of, best, score_of, vote
+from rftt_lightning.search.problems import JsonlProblems
+from rftt_lightning.search.vote import Accuracy, answer_of, best, scores, vote
 
 
-def rollout(answer, logprob=-0.5, steps=(), complete=True, forms=None):
+def rollout(answer, logprob=-0.5, steps=(), complete=True):
     segment = Segment("output", (1, 2), (logprob, logprob), (0, 0), answer or "", complete)
     status = Status.WRONG if answer else Status.NO_ANSWER
     return Rollout(
@@ -18,7 +21,7 @@ def rollout(answer, logprob=-0.5, steps=(), complete=True, forms=None):
         (),
         (segment,),
         complete,
-        score=Score(Verdict(status, answer, forms=forms), 0.0, (0.0,), steps),
+        score=Score(Verdict(status, answer), 0.0, (0.0,), steps),
     )
 
 
@@ -33,20 +36,41 @@ def test_majority_is_the_most_common_answer_the_earliest_of_equals(answers):
 def test_weights_decide_against_numbers():
     rollouts = [rollout("1", steps=(0.1,)), rollout("1", steps=(0.2,)), rollout("2", steps=(0.9,))]
     assert answer_of(vote(rollouts)) == "1"
-    assert answer_of(vote(rollouts, score_of)) == answer_of(best(rollouts)) == "2"
+    assert answer_of(vote(rollouts, {}, scores(rollouts))) == answer_of(best(rollouts)) == "2"
 
 
-def test_answers_of_one_normal_form_vote_together():
-    rollouts = [rollout("7", forms=("g", "7")), rollout("0.5", forms=("g", "1/2")), rollout("1/2", forms=("g", "1/2"))]
-    assert vote(rollouts) is rollouts[1]
+def test_answers_that_are_the_same_vote_together():
+    rollouts = [rollout("7"), rollout("0.5"), rollout("7.5"), rollout("1/2")]
+    assert vote(rollouts) is rollouts[0]
+    assert vote(rollouts, {"1/2": "0.5"}) is rollouts[1]
 
 
-def test_scores_are_step_scores_or_else_the_policys_confidence():
-    assert score_of(rollout("1", steps=(0.25, None, 0.75))) == 0.5
-    assert (
-        score_of(rollout("1", logprob=-0.5, steps=(None,))) == rollout("1").confidence == pytest.approx(math.exp(-0.5))
-    )
-    assert score_of(rollout("1", steps=(0.9,), complete=False)) == 0.0
+def judged(answers, gold, tmp_path):
+    """Rollouts with these answers as the maths judge has them, and which of them are the same."""
+    (tmp_path / "p.jsonl").write_text(json.dumps({"question": "?", "answer": gold}) + "\n")
+    source = JsonlProblems(str(tmp_path / "p.jsonl"))
+    (problem,) = source.problems()
+    verdicts = source.judge_many([(problem, rf"\boxed{{{answer}}}") for answer in answers])
+    found = [replace(rollout(a), score=Score(v, 0.0, (0.0,))) for a, v in zip(answers, verdicts, strict=True)]
+    return found, source.same([answer_of(r) for r in found])
+
+
+@pytest.mark.parametrize("gold", ["1/2", r"\frac{1}{2}", "0.5", r"\frac{1}{3}", "1/3", "7", "x+1"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_majority_does_not_hang_on_the_gold_answer_nor_on_spelling(tmp_path, gold, seed):
+    """Four halves beat three thirds, though no half is written more than twice."""
+    halves, thirds = ["1/2", "1/2", r"\frac{1}{2}", "0.5"], [r"\frac{1}{3}"] * 3
+    rollouts, same = judged(random.Random(seed).sample(halves + thirds, 7), gold, tmp_path)
+    assert answer_of(vote(rollouts, same)) in halves
+    assert len(set(same.values())) == 2
+
+
+def test_paths_are_scored_by_their_steps_or_else_all_by_the_policys_confidence():
+    sure, unsure = rollout("1", logprob=-0.1), rollout("1", logprob=-0.5)
+    assert scores([sure, unsure]) == pytest.approx([math.exp(-0.1), math.exp(-0.5)])
+    scored, cut = rollout("2", steps=(0.25, None, 0.75)), rollout("2", steps=(0.9,), complete=False)
+    assert scores([sure, scored, rollout("3", steps=(None,)), cut]) == [0, 0.5, 0, 0]
+    assert best([sure, scored]) is vote([sure, scored], {}, scores([sure, scored])) is scored
 
 
 def test_without_answers_nobody_wins():

@@ -1,5 +1,6 @@
 """Measures are what plain loops count, and add up over ranks."""
 
+import json
 import math
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from rftt_lightning.core.contracts import Problem, Rollout, Score, Segment, Status, Verdict
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.core.tree import Plan, Tree
+from rftt_lightning.search.problems import JsonlProblems
+from rftt_lightning.tiny.countdown import Countdown
 from rftt_lightning.training import measures
 from tests.sick import Guess, grown
 
@@ -56,6 +59,29 @@ def test_repairs_compare_the_attempt_before_the_first_check_with_the_end(trees, 
     assert found["repair/wrong_to_right"] == pytest.approx(before_after.count((False, True)) / n)
     assert found["repair/right_to_wrong"] == pytest.approx(before_after.count((True, False)) / n)
     assert found["repair/net"] == pytest.approx(found["repair/wrong_to_right"] - found["repair/right_to_wrong"])
+
+
+@pytest.mark.parametrize(
+    ("domain", "steps", "pair"),
+    [
+        ("maths", [("next_step", "$3+4=7$"), ("verify", "right"), ("next_step", "$7+5=12$")], (None, True)),
+        ("maths", [("verify", "nothing yet")], (None, True)),
+        ("maths", [("direct_answer", "$3+4+5=11$"), ("verify", "wrong"), ("refine", "$7+5=12$")], (False, True)),
+        ("maths", [("next_step", r"so \boxed{12}"), ("verify", "right")], (True, True)),
+        ("maths", [("next_step", "The answer is 13."), ("refine", "$7+5=12$")], (False, True)),
+        ("countdown", [("next_step", "3 + 4 = 7 ; 7 5"), ("verify", "7 , 12 ; wrong")], (None, True)),
+        ("countdown", [("direct_answer", "3 + 4 = 7 , 7 * 5 = 35"), ("verify", "35 , 12 ; wrong")], (False, True)),
+    ],
+)
+def test_a_check_on_the_way_to_an_answer_is_no_repair(domain, steps, pair, tmp_path):
+    """Or checks of nothing would look like repairs, and hide that they do nothing."""
+    (tmp_path / "p.jsonl").write_text(json.dumps({"question": "3 4 5 ?", "answer": "12"}) + "\n")
+    source = Countdown() if domain == "countdown" else JsonlProblems(str(tmp_path / "p.jsonl"))
+    problem = Problem("p", "3 4 5 target 12", "12", data={"numbers": [3, 4, 5], "target": 12})
+    end = ("output", r"\boxed{12}")
+    segments = tuple(Segment(tag, (1,), (0.0,), (0,), text, True) for tag, text in (*steps, end))
+    rollout = Rollout(problem, (), segments, True, score=Score(Verdict(Status.RIGHT), 1.0, (0.0,) * len(segments)))
+    assert measures.attempts([rollout], source, TABLE) == [pair]
 
 
 def test_nodes_count_once(trees, found):
