@@ -1,4 +1,4 @@
-"""``rftt rl fit --config configs/tiny/rl.yaml``: a LightningCLI whose trainer is the Fabric loop. Also validate."""
+"""``rftt rl fit --config configs/tiny/rl.yaml``: a LightningCLI whose trainer is the Fabric loop. Also validate and export."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RLCLI(FitCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {"fit": {"model", "datamodule"}, "validate": {"model", "datamodule"}}
+        return {name: {"model", "datamodule"} for name in ("fit", "validate", "export")}
 
 
 def main(args: list[str]) -> int | None:

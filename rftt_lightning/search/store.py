@@ -142,18 +142,18 @@ class StepStore:
         self.folder, self.process = Path(folder), process
         self._file: IO[bytes] | None = None
 
-    def prepare(self, settings: Mapping[str, Any], steps: int, anew: bool = False) -> None:
+    def prepare(self, settings: Mapping[str, Any], steps: int, done: int = 0) -> None:
         """By one process, before the others begin: make the folder, or find that of a run with the same settings, whose trees of
-        steps below ``steps`` stay. Trees of other settings go, or all if ``anew``."""
+        steps below ``steps`` stay; if it had other settings, those of steps below ``done``."""
         asked = json.loads(json.dumps(dict(settings)))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / MANIFEST).exists() or manifest(self.folder, "trees")["settings"] != asked or anew:
-                _clear(self.folder, "trees")
-                _write_manifest(self.folder, "trees", asked)
+            same = (self.folder / MANIFEST).exists() and manifest(self.folder, "trees")["settings"] == asked
             for path in self.folder.glob("trees-*"):
-                if int(path.name.split("-")[1]) >= steps or path.suffix == ".tmp":
+                if int(path.name.split("-")[1]) >= (steps if same else done) or path.suffix == ".tmp":
                     path.unlink()
+            if not same:  # not before others' trees are gone, or a run that is killed here would take them for its own
+                _write_manifest(self.folder, "trees", asked)
         except OSError as error:
             raise _unwritable(self.folder, error) from error
 

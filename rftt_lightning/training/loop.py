@@ -79,6 +79,8 @@ class RLTrainer:
         validate_every, checkpoint_every: steps; keep: checkpoints kept, besides the one that validated best, of equals the
             earlier.
         export: whose weights ``hf/`` gets, those of the ``last`` step or of the ``best`` checkpoint.
+        accept_changes: go on at a checkpoint with settings that are not those it was written with (a lower model.lr after an
+            alarm, say). The run is then no longer what one config repeats.
         concurrency, parallel, decode_batch: trees that grow together, rollouts under way in one, rows decoded together.
         cache_gb: GiB for the keys and values of prefixes while trees grow; given back before learning.
         seed: of sampling and of the shuffling into mini-batches; the problems' order has data.seed, added rows of the
@@ -111,6 +113,7 @@ class RLTrainer:
         checkpoint_every: int = 10,
         keep: int = 2,
         export: str = "last",
+        accept_changes: bool = False,
         concurrency: int = 256,
         parallel: int = 1,
         decode_batch: int = 256,
@@ -157,8 +160,8 @@ class RLTrainer:
         self.checkpoint_every, self.folder = checkpoint_every, checkpoints.RunFolder(self.out, keep)
         self.concurrency, self.parallel, self.decode_batch, self.seed = concurrency, parallel, decode_batch, seed
         self.cache_gb, self.gap_alarm = cache_gb, gap_alarm
-        self.filter_dead, self.refill, self.export = filter_dead, refill, export
-        self.save_rollouts, self.reuse = save_rollouts, reuse
+        self.filter_dead, self.refill, self.exported = filter_dead, refill, export
+        self.save_rollouts, self.reuse, self.accept_changes = save_rollouts, reuse, accept_changes
         self.precision, self.callbacks = precision, callbacks or []
         self.fabric = Fabric(
             accelerator=accelerator,
@@ -206,11 +209,12 @@ class RLTrainer:
             model.reset_reference()  # on the device
             settings = self._settings(model, datamodule)
             first = self._resume(model, optimizer, settings, ckpt_path)
-            self.store = self._open_store(settings, anew=ckpt_path == "none")
+            self.store = self._open_store(settings, first, anew=ckpt_path == "none")
             self.logger = TensorBoardLogger(str(self.out), name="", version="", purge_step=first)
             self.fabric.call("on_train_start", trainer=self, pl_module=model)
             self._loop(first, module, model, optimizer, datamodule, settings)
-            self._export(model)
+            self.logger.finalize("success")
+            self._export(model, "best" if self.exported == "best" else None)
 
     def _loop(
         self,
@@ -255,6 +259,16 @@ class RLTrainer:
         """End the run after this step and its checkpoint, by a :class:`UserError` of this line; asked for on rank zero."""
         self.stop_asked, self.stop_reason = True, reason
 
+    def export(self, model: RLModule, datamodule: ProblemDataModule, ckpt_path: str | None = None) -> None:
+        """Write a checkpoint's weights to ``out/hf``, as a run does at its end: of one that was stopped, say.
+
+        Args:
+            ckpt_path: a checkpoint, "last" or null for the newest one in ``out``, "best" for that of the best validation.
+        """
+        self.fabric.launch()
+        with self._locked():
+            self._export(model, ckpt_path or "last")
+
     def validate(self, model: RLModule, datamodule: ProblemDataModule, ckpt_path: str | None = None) -> None:
         """Answer the validation problems greedily and print the accuracy; writes nothing.
 
@@ -274,10 +288,17 @@ class RLTrainer:
 
     def _check(self, model: RLModule, data: ProblemDataModule) -> None:
         """Raises :class:`UserError` where settings of model, data and trainer do not go together."""
-        sampled, learned = self.expander.sampling.temperature, model.hparams.temperature
-        if sampled != learned:
+        sampling, learned = self.expander.sampling, model.hparams.temperature
+        if sampling.temperature != learned:
             raise UserError(
-                f"trainer.expander samples at temperature {sampled}, model.temperature is {learned}; make them the same"
+                f"trainer.expander samples at temperature {sampling.temperature}, model.temperature is {learned}; make them the "
+                "same"
+            )
+        if sampling.top_p < 1 and model.hparams.importance == "none":
+            warnings.warn(
+                f"trainer.expander samples with top_p {sampling.top_p}, but what is learned takes all tokens for possible: "
+                "the gradient is biased; use top_p 1, or model.importance",
+                stacklevel=2,
             )
         most = data.batch_size * self.expander.rollouts
         if most < self.mini_batches:
@@ -461,7 +482,9 @@ class RLTrainer:
                     module, optimizer, max_norm=self.gradient_clip, error_if_nonfinite=False
                 )
                 if not torch.isfinite(norm):
-                    raise UserError(f"step {step}: the gradient is not finite, nothing was updated; lower model.lr")
+                    raise UserError(
+                        f"step {step}: the gradient is not finite; go on with a lower model.lr and --trainer.accept_changes true"
+                    )
                 optimizer.step()
                 optimizer.zero_grad()
                 norms, updates = norms + float(norm), updates + 1
@@ -594,15 +617,18 @@ class RLTrainer:
         path, first = self.folder.choose(ckpt_path), 0
         if path:
             state = checkpoints.read(path, "settings", self.fabric.device)
-            if state["settings"] != settings:
+            if state["settings"] != settings and not self.accept_changes:
                 raise UserError(
                     f"{path} was written with other settings ({differences(state['settings'], settings)}); give another "
-                    "trainer.out, or --ckpt_path none to begin anew"
+                    "trainer.out, --ckpt_path none to begin anew, or --trainer.accept_changes true to go on with these"
                 )
             if "optimizer" not in state:
                 raise UserError(f"{path} has weights alone, to validate; training goes on at one of step-*.pt")
             model.load_weights(state["model"])
+            asked = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(state["optimizer"])
+            for group, options in zip(optimizer.param_groups, asked, strict=True):
+                group.update(options)  # the moments are the checkpoint's, betas and weight decay those of now
             model.reference = state.get("reference", model.reference)
             first = int(state["steps"])
         self.fabric.barrier()  # all have read it
@@ -611,23 +637,22 @@ class RLTrainer:
         self.fabric.barrier()
         return first
 
-    def _open_store(self, settings: dict[str, Any], anew: bool) -> StepStore | None:
+    def _open_store(self, settings: dict[str, Any], first: int, anew: bool) -> StepStore | None:
         if not self.save_rollouts:
             return None
         store = StepStore(self.out / "rollouts", self.fabric.global_rank)
         if self.is_global_zero:
-            store.prepare(settings, self.max_steps, anew)
+            store.prepare(settings, 0 if anew else self.max_steps, first)
         self.fabric.barrier()
         return store
 
-    def _export(self, model: RLModule) -> None:
+    def _export(self, model: RLModule, ckpt_path: str | None = None) -> None:
+        """Write ``hf/``: the weights of now, or of a checkpoint."""
         if self.is_global_zero:
-            if self.export == "best" and (path := self.folder.choose("best")):
+            if ckpt_path and (path := self.folder.choose(ckpt_path)):
                 model.load_weights(checkpoints.read(path, "settings", self.fabric.device)["model"])
-            merged = model.merged()
-            merged.save_pretrained(self.out / "hf")
+            model.merged().save_pretrained(self.out / "hf")
             model.tokenizer.save_pretrained(self.out / "hf")
-            self.logger.finalize("success")
             print(f"model: {self.out / 'hf'}")
 
 

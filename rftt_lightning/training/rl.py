@@ -314,9 +314,10 @@ class RLModule(lightning.LightningModule):
         return hashlib.blake2b(torch.stack(sums).cpu().numpy().tobytes(), digest_size=8).hexdigest()
 
     def merged(self) -> Any:
-        """The Hugging Face model with what was trained in its plain weights. It is for export: nothing is trained after it."""
+        """The Hugging Face model with what was trained in its plain weights. It is for export: nothing is trained after it. Where
+        only some of it was trained all is in float32 then: bfloat16 would round most of a low-rank update away."""
         (adapted,) = self._adapted
-        return self.model if adapted is None else adapted.merge_and_unload()
+        return self.model if adapted is None else adapted.float().merge_and_unload()
 
     # -- from rollouts to a loss -----------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,6 +196,25 @@ def test_validate_writes_nothing_and_prints_numbers_alone(run, capfd):
     assert fit(run, "--model.lr=0.1", "--ckpt_path=last", command="validate") == 0
     assert set(json.loads(capfd.readouterr().out)) == {f"validation/{x}" for x in ("accuracy", "low", "high", "length")}
     assert contents(run) == before
+
+
+def test_a_checkpoint_is_exported_without_training(run):
+    shutil.rmtree(run / "hf")
+    before = contents(run)
+    assert fit(run, f"--ckpt_path={run / 'checkpoints/step-000002.pt'}", command="export") == 0
+    second = torch.load(run / "checkpoints/step-000002.pt", weights_only=True)["model"]
+    found = load(str(run / "hf"), "float32")[0].state_dict()
+    assert all(torch.equal(found[name], second[name]) for name in found)
+    assert {path: b for path, b in contents(run).items() if path.parent.name != "hf"} == before
+
+
+def test_a_nucleus_is_warned_of_where_nothing_corrects_for_it(tmp_path):
+    nucleus = ["--trainer.expander.init_args.sampling.top_p=0.9", "--trainer.max_steps=1"]
+    with pytest.warns(UserWarning, match="top_p 0.9.*gradient is biased"):
+        assert fit(tmp_path / "biased", *LEARNING, *nucleus) == 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*top_p")
+        assert fit(tmp_path / "corrected", *LEARNING, *nucleus, "--model.importance=truncated") == 0
 
 
 def test_a_checkpoint_of_another_vocabulary_is_refused_by_validate(run, capfd):

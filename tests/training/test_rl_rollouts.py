@@ -227,6 +227,22 @@ def test_a_run_that_begins_anew_grows_all_its_trees(run, grown, option):
     assert [path.name for path in (run / "rollouts").glob("trees-*")] == ["trees-000000-000.jsonl.gz"]
 
 
+def test_settings_change_where_it_is_said_so_and_what_was_done_stays(run, finished, grown, capfd):
+    back_to(run, 2)
+    other = [reward(wrong=0.5), "--trainer.keep=9", "--model.lr=0.1", "--model.betas=[0.5,0.6]"]
+    assert fit(run, *other) == 2 and "--trainer.accept_changes true" in said(capfd)
+    assert fit(run, *other, "--trainer.accept_changes=true") == 0
+    assert len(grown) == 8  # those of steps 2 and 3, though there were trees of the same weights
+    lines, straight = metrics(run), metrics(finished)
+    assert lines[:2] == straight[:2] and lines[3]["lr"] == pytest.approx(straight[3]["lr"] * 0.1 / 5e-4)
+    names = [f"trees-{step:06d}-000.jsonl.gz" for step in range(4)]
+    kept = [(run / "rollouts" / name).read_bytes() == (finished / "rollouts" / name).read_bytes() for name in names]
+    assert kept[:2] == [True, True] and not kept[3]
+    group = torch.load(run / "checkpoints/step-000004.pt", weights_only=True)["optimizer"]["param_groups"][0]
+    assert list(group["betas"]) == [0.5, 0.6]
+    assert fit(run, *other) == 0  # they are the run's own now
+
+
 def test_the_trees_are_a_store_that_is_looked_into_like_any_other(finished, capfd, tmp_path):
     folder = str(finished / "rollouts")
     assert main(["store", "list", folder, "--limit=0"]) == 0

@@ -131,6 +131,23 @@ def test_recomputed_activations_have_the_same_gradients():
     assert all(torch.equal(a, b) for a, b in pairs) and any(a.abs().max() > 0 for a, _ in pairs)
 
 
+def test_an_export_keeps_what_bfloat16_would_round_away():
+    """Updates a hundred times smaller than the weights: merged in half precision most of them would be gone."""
+    policy = module("lora", dtype="bfloat16")
+    base = {name: weight.float() for name, weight in load(BASE, "bfloat16")[0].state_dict().items()}
+    expected = {}
+    with torch.no_grad():
+        for name, layer in policy.model.named_modules():
+            if hasattr(layer, "lora_B"):
+                down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                up.normal_(0.0, 1e-3)
+                expected[f"{name}.weight"] = (up @ down * layer.scaling["default"]).clone()
+    merged = policy.merged().state_dict()
+    assert len(expected) > 5
+    for name, update in expected.items():
+        assert ((merged[name] - base[name]) - update).norm() < 1e-3 * update.norm()
+
+
 def test_a_run_that_trains_rows_alone_exports_a_model_that_differs_in_them_alone(tmp_path):
     options = ["--model.trainable=functional_rows", "--model.weight_decay=0.1", "--trainer.max_steps=2"]
     assert fit(tmp_path, *late(0.0), *options) == 0
