@@ -7,6 +7,7 @@ Shape suffixes: B rows, T tokens, N ends whose value is learned.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -44,7 +45,8 @@ class ValuedPath:
 
     ``ends`` are the places of the question's last token and of each closing token, ``values`` the Monte-Carlo values there in
     [0, 1], None where a node is not to be learned here, ``new`` is False where an earlier path of the tree has the node. ``tags``
-    and the exact checker's scores ``checks`` are the steps'; ``right`` says whether the path itself ended right (1 or 0).
+    and the exact checker's scores ``checks`` are the steps'; ``right`` says whether the path itself ended right (1 or 0; None: its
+    verdict timed out).
     """
 
     tokens: tuple[int, ...]
@@ -53,13 +55,13 @@ class ValuedPath:
     new: tuple[bool, ...]
     tags: tuple[str, ...]
     checks: tuple[float | None, ...]
-    right: float
+    right: float | None
 
 
 @dataclass(frozen=True)
 class PRMBatch:
     """``tokens_BT`` ids, padded behind what is learned, where a causal model does not look; ``learned_BT`` bool, True at ends with
-    a value to learn, ``values_N`` these values row by row. ``paths`` are the rows."""
+    a value to learn, ``values_N`` these values row by row. ``paths`` are the rows, none where another rank counts them."""
 
     tokens_BT: Tensor
     learned_BT: Tensor
@@ -104,7 +106,8 @@ def valued_paths(
         ]
         checks = source.check_steps(rollout.problem, rollout.steps) if source else [None] * len(rollout.steps)
         tags = tuple(step.tag for step in rollout.steps)
-        right = float(bool(rollout.score and rollout.score.verdict.right))
+        verdict = rollout.score.verdict if rollout.score else None
+        right = float(verdict.right) if verdict and verdict.status is not Status.TIMED_OUT else None
         yield ValuedPath(written.tokens, written.ends, tuple(known), new, tags, tuple(checks), right)
 
 
@@ -124,7 +127,8 @@ def collate(paths: Sequence[ValuedPath], pad: int) -> PRMBatch:
 
 class PathBatches(Order[PRMBatch]):
     """Batches of paths of like length, of at most ``batch_tokens`` positions with padding; their order is shuffled anew each epoch,
-    or kept. Each of ``world`` ranks gets every ``world``-th, and as many as the others."""
+    or kept. Each of ``world`` ranks gets every ``world``-th, and as many as the others: what does not go round is left out of a
+    shuffled epoch; in validation the last round is filled up with batches of no paths."""
 
     def __init__(
         self, paths: Sequence[ValuedPath], batch_tokens: int, pad: int, seed: int, shuffle: bool, rank: int, world: int
@@ -144,12 +148,14 @@ class PathBatches(Order[PRMBatch]):
         return {"paths": f"{len(self.paths)} {digest}", "batch_tokens": self.batch_tokens}
 
     def __len__(self) -> int:
-        return max(len(self.groups) // self.world, 1)
+        rounds = len(self.groups) / self.world
+        return max(math.floor(rounds), 1) if self.shuffle else math.ceil(rounds)
 
     def batches(self, epoch: int, first: int) -> Iterator[PRMBatch]:
         order = self.shuffled(epoch, len(self.groups))
         for place in range(self.rank + first * self.world, len(self) * self.world, self.world):
-            yield collate([self.paths[i] for i in self.groups[order[place % len(order)]]], self.pad)
+            batch = collate([self.paths[i] for i in self.groups[order[place % len(order)]]], self.pad)
+            yield batch if self.shuffle or place < len(order) else replace(batch, paths=())
 
 
 class ValueDataModule(OrderedData):
@@ -303,13 +309,15 @@ class PRMModule(ResumableModule):
         """[B, T, 2], in float32."""
         return self.model(input_ids=batch.tokens_BT, attention_mask=None, use_cache=False).logits.float()
 
-    def compute(self, batch: PRMBatch) -> Tensor:
-        """Mean cross-entropy in nats against the values, over the ends that are learned. Pure."""
+    def compute(self, batch: PRMBatch, count: Tensor | float) -> Tensor:
+        """Cross-entropy in nats against the values, summed over the ends that are learned, by their ``count``. Pure."""
         logp_N2 = self.logits(batch)[batch.learned_BT].log_softmax(-1)
-        return -(batch.values_N * logp_N2[:, 1] + (1 - batch.values_N) * logp_N2[:, 0]).mean()
+        return -(batch.values_N * logp_N2[:, 1] + (1 - batch.values_N) * logp_N2[:, 0]).sum() / count
 
     def training_step(self, batch: PRMBatch, batch_idx: int) -> Tensor:
-        loss = self.compute(batch)
+        """Ranks average their gradients, so each divides by its share of the values of all: every value weighs the same."""
+        count = torch.tensor(float(len(batch.values_N)), device=self.device)
+        loss = self.compute(batch, self.trainer.strategy.reduce(count, reduce_op="mean"))
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss is {loss.item()} at step {self.global_step}; lower model.lr")
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.values_N))
@@ -319,7 +327,7 @@ class PRMModule(ResumableModule):
 
     def validation_step(self, batch: PRMBatch, batch_idx: int) -> None:
         values_BT = self.logits(batch).softmax(-1)[..., 1].cpu()
-        for row, path in zip(values_BT, batch.paths, strict=True):
+        for row, path in zip(values_BT, batch.paths, strict=False):  # of some batches no path counts
             self.held_out.append(Held(path, tuple(row[list(path.ends)].tolist())))
 
     def on_validation_epoch_end(self) -> None:
@@ -329,7 +337,9 @@ class PRMModule(ResumableModule):
             torch.distributed.all_gather_object(everything, held)
             held = [one for part in everything for one in part]
         metrics = measure(held)
-        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, rank_zero_only=True)
+        self.log_dict(
+            {f"val/{name}": value for name, value in metrics.items()}, sync_dist=True
+        )  # they are the same anyway
         if self.trainer.is_global_zero and not self.trainer.sanity_checking:
             self._show(held, metrics)
 
@@ -377,13 +387,13 @@ class Judged(NamedTuple):
 
 
 def measure(held: Sequence[Held]) -> dict[str, float]:
-    """Of held-out paths: ``loss`` (nats) and expected calibration error ``ece`` of the said values against how the paths ended;
-    AUC of that, ``auc_outcome``; against the exact checker, over the steps that it judges, ``auc_value`` of the value said after
-    the step and ``auc_step`` of what the step keeps of the value before it (:func:`relative`), also by tag, and up to the
-    ``first_error`` of a path, where people stop labelling (arXiv 2305.20050), as a path that went wrong is worth
-    little however right its next step is. Each node counts once. An AUC with one class only is left out."""
-    said = torch.tensor([value for one in held for value in one.said[1:]])
-    ended = torch.tensor([one.path.right for one in held for _ in one.said[1:]])
+    """Of held-out paths: ``loss`` (nats) and expected calibration error ``ece`` of the said values, at every step of every path
+    whose verdict came in time, against how it ended; AUC of that, ``auc_outcome``. Against the exact checker, over the steps that
+    it judges, each node once: ``auc_value`` of the value said after the step and ``auc_step`` of what the step keeps of the value
+    before it (:func:`relative`), also by tag, and up to the ``first_error`` of a path, where people stop labelling (arXiv
+    2305.20050), as a path that went wrong is worth little however right its next step is. An AUC with one class only is left
+    out."""
+    said, ended = _endings(held)
     bounded = said.clamp(1e-6, 1 - 1e-6)
     found = {
         "loss": float(torch.nn.functional.binary_cross_entropy(bounded, ended)),
@@ -403,6 +413,13 @@ def measure(held: Sequence[Held]) -> dict[str, float]:
     return found
 
 
+def _endings(held: Sequence[Held]) -> tuple[Tensor, Tensor]:
+    """The value said after each step, and how its path ended, where that is known."""
+    pairs = [(value, one.path.right) for one in held if one.path.right is not None for value in one.said[1:]]
+    said, ended = torch.tensor(pairs).view(-1, 2).unbind(1)
+    return said, ended
+
+
 def plot_calibration(held: Sequence[Held], metrics: dict[str, float]) -> Any:
     """Figure: how often paths ended right against the value said at their steps, in ten bins, and how many steps each bin has."""
     import matplotlib
@@ -410,8 +427,7 @@ def plot_calibration(held: Sequence[Held], metrics: dict[str, float]) -> Any:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    said = torch.tensor([value for one in held for value in one.said[1:]])
-    ended = torch.tensor([one.path.right for one in held for _ in one.said[1:]])
+    said, ended = _endings(held)
     places = (said * BINS).long().clamp(max=BINS - 1)
     counts = torch.bincount(places, minlength=BINS)
     sums = [torch.bincount(places, weights=values, minlength=BINS) for values in (said, ended)]

@@ -148,6 +148,16 @@ def test_the_scorer_reads_the_very_ids_that_the_policy_wrote(module):
             assert written.tokens == (*prompt, *wrote) and written.ends[0] == len(prompt) - 1
 
 
+def test_how_a_path_ended_is_unknown_where_its_verdict_timed_out(module):
+    writer, seen = functional_writer(module.tokenizer, TABLE), set()
+    known = {Status.RIGHT: 1.0, Status.WRONG: 0.0, Status.TIMED_OUT: None}
+    for tree in (grow(number, late=0.4) for number in range(5)):
+        ended = [path.right for path in valued_paths(tree, writer, "soft", 1, 1000, None)]
+        assert ended == [known[rollout.score.verdict.status] for rollout in tree.rollouts()]
+        seen |= {*ended}
+    assert seen == {*known.values()}
+
+
 def test_paths_that_are_too_long_are_dropped(module):
     writer = functional_writer(module.tokenizer, TABLE)
     tree = grow(0)
@@ -183,6 +193,14 @@ def test_batches_are_bounded_complete_and_shuffled(module):
     assert not {id(p) for b in ranks[0] for p in b.paths} & {id(p) for b in ranks[1] for p in b.paths}
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 100])
+def test_in_validation_every_path_counts_once_and_ranks_take_as_many_steps(module, count):
+    paths = some_paths(module)
+    ranks = [list(PathBatches(paths, 200, 0, 0, False, rank, count)) for rank in range(count)]
+    assert sorted(id(path) for rank in ranks for batch in rank for path in batch.paths) == sorted(map(id, paths))
+    assert len({len(rank) for rank in ranks}) == 1 and all(len(batch.tokens_BT) for rank in ranks for batch in rank)
+
+
 @torch.no_grad()
 def test_the_loss_is_that_of_a_plain_loop(module):
     paths = some_paths(module, 3)
@@ -193,7 +211,10 @@ def test_the_loss_is_that_of_a_plain_loop(module):
                 wrong, right = module.model(input_ids=torch.tensor([path.tokens[: end + 1]])).logits[0, -1].tolist()
                 p = 1 / (1 + math.exp(wrong - right))
                 total, count = total - value * math.log(p) - (1 - value) * math.log(1 - p), count + 1
-    assert float(module.compute(collate(paths, 0))) == pytest.approx(total / count, abs=1e-5)
+    assert float(module.compute(collate(paths, 0), count)) == pytest.approx(total / count, abs=1e-5)
+    parts = [collate(part, 0) for part in (paths[:1], paths[1:])]  # of two ranks, each with the mean number of values
+    mean = sum(float(module.compute(part, count / 2)) for part in parts) / 2
+    assert mean == pytest.approx(total / count, abs=1e-5)
 
 
 def test_a_problem_is_in_one_part_only(world, module):
@@ -240,7 +261,8 @@ def test_measures_are_those_of_plain_loops():
         tags = tuple(rng.choice(("verify", "next_step")) for _ in range(n))
         checks = tuple(rng.choice((0.0, 1.0, None)) for _ in range(n))
         new = (True, *sorted(rng.random() < 0.7 for _ in range(n)))
-        path = ValuedPath((0,), (0,) * (n + 1), (None,) * (n + 1), new, tags, checks, float(rng.random() < 0.5))
+        ended = rng.choice((0.0, 1.0, None))  # None: nothing is known of it
+        path = ValuedPath((0,), (0,) * (n + 1), (None,) * (n + 1), new, tags, checks, ended)
         held.append(Held(path, tuple(rng.random() for _ in range(n + 1))))
 
     def auc(rows: list[tuple[float, float]]) -> float:
@@ -250,7 +272,7 @@ def test_measures_are_those_of_plain_loops():
     value, step, verify, first, ends = [], [], [], [], []
     for one in held:
         for i, check in enumerate(one.path.checks):
-            ends.append((one.said[i + 1], one.path.right))
+            ends += [(one.said[i + 1], one.path.right)] * (one.path.right is not None)
             if check is not None and one.path.new[i + 1]:
                 kept = min(1.0, one.said[i + 1] / one.said[i])
                 value.append((one.said[i + 1], check))
