@@ -1,7 +1,7 @@
 """The table of a sweep's claims: ``python experiments/claims/table.py runs/claims/countdown``.
 
-Arms answered the same problems, so differences are taken problem by problem. The interval (95 %) is that of a bootstrap over
-problems and seeds together. A claim is supported, or contradicted, if its interval excludes 0 and the seeds agree in sign.
+Arms answered the same problems, so differences are taken problem by problem. Seeds and problems are both samples: the interval
+(95 %) is that of crossed random effects. A claim is supported, or contradicted, if its interval excludes 0.
 
 Shape suffixes: S seeds, P problems.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from rftt_lightning.core.contracts import ProblemSource, Rollout
 from rftt_lightning.core.tokens import TokenTable
@@ -24,9 +25,8 @@ from rftt_lightning.search.store import read_trees
 from rftt_lightning.search.vote import vote
 from rftt_lightning.training.measures import attempts
 
-DRAWS = 10_000
 SAME = 0.02
-"""A control is held to its word if its gain is below this, or its interval holds 0."""
+"""A control is held to its word if its gain is less, with all of its interval."""
 
 
 FEW = 50
@@ -86,36 +86,53 @@ class Difference(NamedTuple):
     seeds: tuple[float, ...]
 
     def verdict(self, helps: bool) -> str:
-        agree = len({np.sign(gain) for gain in self.seeds}) == 1
-        if not helps:
-            return "contradicts" if self.low > 0 and agree and self.mean > SAME else "supports"
-        if agree and self.low > 0:
-            return "supports"
-        return "contradicts" if agree and self.high < 0 else "no difference seen"
+        if len(self.seeds) == 1:
+            return "one seed"
+        shown, refuted = (self.low > 0, self.high < 0) if helps else (self.high < SAME, self.low > 0)
+        return "supports" if shown else "contradicts" if refuted else "no difference seen" if helps else "not shown"
 
 
 class Tally(NamedTuple):
-    """What an arm did in each problem: how many answers, or steps, were right, of how many."""
+    """What an arm did in each of the named problems: how many answers, or steps, were right, of how many."""
 
+    problems: tuple[str, ...]
     right_SP: np.ndarray
     count_SP: np.ndarray
 
-    def rates(self, problems: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Share of right ones in each seed [S], of these problems."""
-        return self.right_SP[:, problems].sum(1) / self.count_SP[:, problems].sum(1)
+    @property
+    def rates(self) -> np.ndarray:
+        """Share of right ones in each seed [S]."""
+        return self.right_SP.sum(1) / self.count_SP.sum(1)
+
+    @property
+    def linear(self) -> np.ndarray:
+        """A number for each problem [S, P] whose mean is the seed's share: 1 or 0 where each has one answer; where problems have
+        several steps, or none, how far the problem moves the share (the ratio's linear part)."""
+        rates_S1, mean_S1 = self.rates[:, None], self.count_SP.mean(1, keepdims=True)
+        return rates_S1 + (self.right_SP - rates_S1 * self.count_SP) / mean_S1
 
 
-def difference(first: Tally, second: Tally, draws: int = DRAWS, seed: int = 0) -> Difference:
-    """Of two arms' shares, the mean over seeds."""
-    rng = np.random.default_rng(seed)
-    seeds, problems = first.right_SP.shape
-    means = np.empty(draws)
-    for i in range(draws):
-        some, asked = rng.integers(seeds, size=seeds), rng.integers(problems, size=problems)
-        means[i] = (first.rates(asked) - second.rates(asked))[some].mean()
-    low, high = np.quantile(means, [0.025, 0.975])
-    gains_S = first.rates() - second.rates()
-    return Difference(float(gains_S.mean()), float(low), float(high), tuple(gains_S.tolist()))
+def difference(first: Tally, second: Tally) -> Difference:
+    """Of two arms' shares, the mean over seeds. Gain = mean + seed + problem + rest, all random; the variance of the
+    mean is that of the two-way table without replication, no part below 0, its degrees of freedom are those of Satterthwaite
+    (1946). With one seed it is that over problems alone."""
+    if first.problems != second.problems:
+        raise SystemExit("two arms answered different problems; evaluate both on the same")
+    gain_SP = first.linear - second.linear
+    seeds, problems = gain_SP.shape
+    mean, gain_S1, gain_P = gain_SP.mean(), gain_SP.mean(1, keepdims=True), gain_SP.mean(0)
+    rest_SP = gain_SP - gain_S1 - gain_P + mean
+    of_problems = seeds * gain_P.var(ddof=1)  # mean squares
+    of_seeds = problems * gain_S1.var(ddof=1) if seeds > 1 else 0.0
+    of_rest = (rest_SP**2).sum() / max((seeds - 1) * (problems - 1), 1)
+    if of_rest < min(of_seeds, of_problems):
+        square = of_seeds + of_problems - of_rest
+        parts = ((of_seeds, seeds - 1), (of_problems, problems - 1), (of_rest, (seeds - 1) * (problems - 1)))
+        freedom = square**2 / sum(part**2 / degrees for part, degrees in parts)
+    else:  # seeds, or problems, differ no more than chance has it
+        square, freedom = max((of_seeds, seeds - 1), (of_problems, problems - 1))
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(square / gain_SP.size)
+    return Difference(float(mean), float(mean - half), float(mean + half), tuple(gain_S1[:, 0].tolist()))
 
 
 class Sweep:
@@ -124,6 +141,8 @@ class Sweep:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.seeds = sorted(out.glob("seed-*"), key=lambda folder: int(folder.name.removeprefix("seed-")))
+        if not self.seeds:
+            raise SystemExit(f"{out} holds no seed-*; give the folder of a sweep over seeds")
 
     def folder(self, seed: Path, arm: str) -> Path:
         """``evaluate_<arm>`` of a seed, or the one that all seeds share."""
@@ -139,19 +158,20 @@ class Sweep:
 
     def answers(self, arm: str) -> Tally:
         """Is the answer right? Columns are problems in the order of their names."""
-        right_SP = self._columns(arm, [self._right(seed, *arm.split("/")) for seed in self.seeds])
-        return Tally(right_SP, np.ones_like(right_SP))
+        problems, right_SP = self._columns(arm, [self._right(seed, *arm.split("/")) for seed in self.seeds])
+        return Tally(problems, right_SP, np.ones_like(right_SP))
 
     def steps(self, arm: str, tag: str, source: ProblemSource) -> Tally:
         """Are steps of this functional token right, by the exact checker? Those that it does not judge do not count."""
         judged = [{r.problem.id: _judged(r, source)[tag] for r in self.greedy(seed, arm)} for seed in self.seeds]
-        return Tally(*np.moveaxis(self._columns(arm, judged), -1, 0))
+        problems, pairs_SP2 = self._columns(arm, judged)
+        return Tally(problems, pairs_SP2[..., 0], pairs_SP2[..., 1])
 
-    def _columns(self, arm: str, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    def _columns(self, arm: str, rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], np.ndarray]:
         names = sorted(rows[0])
         if any(sorted(row) != names for row in rows):
             raise SystemExit(f"the seeds of {arm} answered different problems")
-        return np.array([[row[name] for name in names] for row in rows], dtype=float)
+        return tuple(names), np.array([[row[name] for name in names] for row in rows], dtype=float)
 
     def _right(self, seed: Path, arm: str, how: str = "greedy", count: str = "1") -> dict[str, bool]:
         if how == "greedy":
@@ -167,7 +187,7 @@ class Sweep:
 
 
 def _judged(rollout: Rollout, source: ProblemSource) -> defaultdict[str, tuple[int, int]]:
-    """By functional token: how many steps the exact checker calls right, of how many that it judges, 0 of 0 where there are none."""
+    """By functional token: how many steps the exact checker calls right, of how many that it judges; 0 of 0 for any other."""
     found = defaultdict[str, tuple[int, int]](lambda: (0, 0))
     for (tag, _), score in zip(rollout.steps, source.check_steps(rollout.problem, rollout.steps), strict=True):
         if score is not None:
@@ -195,7 +215,7 @@ def mechanism(rollouts: Sequence[Rollout], source: ProblemSource) -> dict[str, f
         "malformed": sum(not segment.closed for segment in segments) / max(len(segments), 1),
         "verify": used["verify"] / n,
         "refine": used["refine"] / n,
-        "first attempt": (ends - sum(after for _, after in pairs) + sum(before for before, _ in pairs)) / n,
+        "first attempt": (ends + sum(before - after for before, after in pairs if before is not None)) / n,
         "mended": sum(pair == (False, True) for pair in pairs) / n,
         "spoilt": sum(pair == (True, False) for pair in pairs) / n,
         **{f"{tag} right": right[tag] / scored[tag] for tag in scored},
@@ -236,8 +256,10 @@ def report(sweep: Sweep, source: ProblemSource) -> tuple[str, dict[str, Any]]:
     for arm in filter(sweep.ran, sorted(known)):
         seeds = [mechanism(sweep.greedy(seed, arm), source) for seed in sweep.seeds]
         means = {key: float(np.mean([seed[key] for seed in seeds if key in seed])) for seed in seeds for key in seed}
-        accuracy = sweep.answers(arm).rates().tolist()
-        data["arms"][arm] = {"accuracy": accuracy, **means, "seeds": seeds}
+        tally = sweep.answers(arm)
+        accuracy = tally.rates.tolist()
+        right = ["".join("01"[int(x)] for x in right_P) for right_P in tally.right_SP]
+        data["arms"][arm] = {"accuracy": accuracy, **means, "seeds": seeds, "right": right}
         steps = [f"{key.removesuffix(' right')} {per_cent(v)}" for key, v in means.items() if key.endswith(" right")]
         cells = [f"{means[key]:.1f}" if key in COUNTS else per_cent(means[key]) for key in columns]
         arms.append([arm, ", ".join(map(per_cent, accuracy)), *cells, ", ".join(steps)])

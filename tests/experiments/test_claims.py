@@ -31,7 +31,11 @@ def answers(*shares, problems=200, seed=0):
     """So large a share of right answers in each seed."""
     rng = np.random.default_rng(seed)
     right_SP = np.stack([rng.permutation(np.arange(problems) < share * problems) for share in shares]).astype(float)
-    return table.Tally(right_SP, np.ones_like(right_SP))
+    return tally(right_SP, np.ones_like(right_SP))
+
+
+def tally(right_SP, count_SP):
+    return table.Tally(tuple(f"p{i}" for i in range(right_SP.shape[1])), right_SP, count_SP)
 
 
 @pytest.mark.parametrize(
@@ -41,39 +45,67 @@ def answers(*shares, problems=200, seed=0):
         ((0.3, 0.3, 0.3), (0.6, 0.62, 0.58), True, "contradicts"),
         ((0.5, 0.52, 0.48), (0.5, 0.5, 0.5), True, "no difference seen"),
         ((0.9, 0.9, 0.4), (0.5, 0.5, 0.5), True, "no difference seen"),  # the seeds do not agree
-        ((0.5, 0.52, 0.48), (0.5, 0.5, 0.5), False, "supports"),
+        ((0.5, 0.52, 0.48), (0.5, 0.5, 0.5), False, "not shown"),  # too few to tell
+        ((0.49, 0.48, 0.5), (0.5, 0.5, 0.5), True, "no difference seen"),
+        ((0.9,), (0.5,), True, "one seed"),
         ((0.2, 0.2, 0.2), (0.5, 0.5, 0.5), False, "supports"),  # a control may do harm
         ((0.8, 0.8, 0.8), (0.5, 0.5, 0.5), False, "contradicts"),
     ],
 )
 def test_a_verdict_needs_an_interval_and_seeds_that_agree(first, second, helps, verdict):
-    found = table.difference(answers(*first), answers(*second, seed=1), draws=500)
+    found = table.difference(answers(*first), answers(*second, seed=1))
     assert found.verdict(helps) == verdict
     assert found.mean == pytest.approx(np.mean(first) - np.mean(second))
     assert found.seeds == pytest.approx(np.subtract(first, second))
     assert found.low <= found.mean <= found.high
 
 
+def test_arms_that_answered_other_problems_are_not_compared(tmp_path):
+    one, other = answers(0.5, 0.5), answers(0.5, 0.5, problems=300)
+    for first, second in ((one, other), (one, one._replace(problems=other.problems[-200:]))):
+        with pytest.raises(SystemExit, match="different problems"):
+            table.difference(first, second)
+    with pytest.raises(SystemExit, match="holds no seed"):
+        table.Sweep(tmp_path)
+
+
+def spread(found):
+    return found.high - found.low
+
+
 def test_the_interval_is_that_of_problems_and_seeds():
-    """Wider than over problems alone where seeds differ; pairs of equal answers leave no doubt."""
+    """That of a plain t-test where only seeds differ, or only problems; pairs of equal answers leave no doubt."""
     one = answers(0.5, 0.5, 0.5)
-    assert table.difference(one, one, draws=100)[:3] == (0, 0, 0)
-    calm = table.difference(answers(0.6, 0.6, 0.6), one, draws=2000)
-    torn = table.difference(answers(0.4, 0.6, 0.8), one, draws=2000)
-    assert torn.high - torn.low > 1.5 * (calm.high - calm.low)
-    gain_SP = answers(0.6, 0.6, 0.6).right_SP - one.right_SP
-    pairs = np.sqrt(np.var(gain_SP, axis=1).mean() / 200 / 3)  # of independent seeds
-    assert calm.high - calm.low == pytest.approx(2 * 1.96 * pairs, rel=0.35)
+    assert table.difference(one, one)[:3] == (0, 0, 0)
+    shares = (0.4, 0.6, 0.8)
+    torn = table.difference(answers(*shares), one)
+    assert spread(torn) == pytest.approx(2 * 4.303 * np.std(shares, ddof=1) / np.sqrt(3), rel=0.02)
+    right_P = answers(0.6).right_SP[0]
+    none = tally(np.zeros((3, 200)), np.ones((3, 200)))
+    same = table.difference(tally(np.stack([right_P] * 3), none.count_SP), none)
+    assert spread(same) == pytest.approx(2 * 1.972 * right_P.std(ddof=1) / np.sqrt(200), rel=0.001)
+
+
+@pytest.mark.parametrize("of_seeds, of_problems, of_rest", [(0.0, 0.3, 0.5), (0.04, 0.3, 0.5), (0.1, 0.1, 0.3)])
+def test_the_interval_holds_the_truth_in_95_of_100_cases(of_seeds, of_problems, of_rest):
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        parts = of_seeds * rng.standard_normal((3, 1)), of_problems * rng.standard_normal((1, 100))
+        gain_SP = sum(parts) + of_rest * rng.standard_normal((3, 100))
+        none = tally(np.zeros((3, 100)), np.ones((3, 100)))
+        found = table.difference(tally(gain_SP, none.count_SP), none)
+        held += found.low <= 0 <= found.high
+    assert 0.92 <= held / 400 <= 0.99
 
 
 def test_shares_of_steps_are_weighed_by_their_number():
     """Problems with many steps count as often; each seed's share counts once; what agrees in each problem leaves no doubt."""
     count_SP = np.array([[1.0, 4, 0, 3] * 50, [2.0, 0, 0, 0] * 50])
-    half = table.Tally(count_SP / 2, count_SP)
+    half = tally(count_SP / 2, count_SP)
     right_SP = np.array([[1.0, 0, 0, 3] * 50, [2.0, 0, 0, 0] * 50])
-    other = table.Tally(right_SP, count_SP)
-    assert table.difference(half, half, draws=100)[:3] == (0, 0, 0)
-    found = table.difference(half, other, draws=500)
+    other = tally(right_SP, count_SP)
+    assert table.difference(half, half)[:3] == (0, 0, 0)
+    found = table.difference(half, other)
     assert found.seeds == pytest.approx((1 / 2 - 4 / 8, 1 / 2 - 1)) and found.mean == pytest.approx(-0.25)
     assert found.low < -0.25 < found.high
 
@@ -156,6 +188,8 @@ def test_the_table_pairs_arms_by_problem_and_leaves_out_what_was_not_run(tmp_pat
     data = json.loads((tmp_path / "claims.json").read_text())
     assert [claim["mean"] for claim in data["claims"]] == pytest.approx([0.2, 0.45])
     assert data["arms"]["rl"]["accuracy"] == [0.6, 0.7] and set(data["arms"]) == {"base", "sft", "rl"}
+    names = sorted(f"p{i}" for i in range(20))
+    assert data["arms"]["sft"]["right"] == ["".join("01"[name in ("p0", "p1", "p2", "p3")] for name in names)] * 2
     assert data["cost"]["minutes of runs"] == 2.0 and data["cost"]["longest"] == "seed-0/evaluate_rl"
     assert "minutes of the longest 2" in lines[-2]
     assert (tmp_path / "claims.md").read_text().startswith("| claim |")
