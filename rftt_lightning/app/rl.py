@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rftt_lightning.app.fit import FitCLI
@@ -13,6 +15,13 @@ from rftt_lightning.training.rl import RLModule
 class RLCLI(FitCLI):
     NAMED = ("last", "best", "none")
     MARK = "settings"
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
+        super().parse_arguments(parser, args)
+        asked = self.asked[self.asked.subcommand]
+        for part in (asked.trainer, asked.model, asked.data):
+            if part.seed is None:
+                part.seed = asked.seed_everything
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(self.trainer_class, "trainer", instantiate=False, sub_configs=True)

@@ -84,7 +84,8 @@ class RLTrainer:
         concurrency, parallel, decode_batch: trees that grow together, rollouts under way in one, rows decoded together.
         cache_gb: GiB for the keys and values of prefixes while trees grow; given back before learning.
         seed: of sampling and of the shuffling into mini-batches; the problems' order has data.seed, added rows of the
-            vocabulary model.seed. A step depends on these and on its number alone.
+            vocabulary model.seed. Each is seed_everything where it is null (0 from Python). A step depends on these and on its
+            number alone.
         accelerator, devices, num_nodes, strategy: of Fabric. Weights are whole on each device.
         precision: 32-true, or bf16-mixed for weights in float32 and forward passes (rollouts too) in bfloat16.
         callbacks: what is told of each step, see :class:`Callback`.
@@ -118,7 +119,7 @@ class RLTrainer:
         parallel: int = 1,
         decode_batch: int = 256,
         cache_gb: float = 4.0,
-        seed: int = 0,
+        seed: int | None = None,
         accelerator: str = "auto",
         devices: int | str = 1,
         num_nodes: int = 1,
@@ -158,7 +159,7 @@ class RLTrainer:
         self.max_steps, self.mini_batches, self.epochs, self.micro_batch = max_steps, mini_batches, epochs, micro_batch
         self.gradient_clip, self.drop_timed_out, self.validate_every = gradient_clip, drop_timed_out, validate_every
         self.checkpoint_every, self.folder = checkpoint_every, checkpoints.RunFolder(self.out, keep)
-        self.concurrency, self.parallel, self.decode_batch, self.seed = concurrency, parallel, decode_batch, seed
+        self.concurrency, self.parallel, self.decode_batch, self.seed = concurrency, parallel, decode_batch, seed or 0
         self.cache_gb, self.gap_alarm = cache_gb, gap_alarm
         self.filter_dead, self.refill, self.exported = filter_dead, refill, export
         self.save_rollouts, self.reuse, self.accept_changes = save_rollouts, reuse, accept_changes

@@ -19,7 +19,7 @@ class ProblemDataModule(lightning.LightningDataModule):
         held_out: benchmarks that must not overlap ``train`` either.
         batch_size: problems a step, over all ranks.
         allow_overlap: go on in spite of an overlap; nothing is compared then.
-        seed: of the problems' order.
+        seed: of the problems' order; null: seed_everything, or 0.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class ProblemDataModule(lightning.LightningDataModule):
         held_out: list[ProblemSource] = [],  # noqa: B006  jsonargparse shows the default
         batch_size: int = 16,
         allow_overlap: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if not 1 <= batch_size <= len(train.problems()):
@@ -38,7 +38,7 @@ class ProblemDataModule(lightning.LightningDataModule):
             )
         for other in () if allow_overlap else (validation, *held_out):
             refuse_overlap(train.problems(), other.problems())
-        self.train, self.validation, self.batch_size, self.seed = train, validation, batch_size, seed
+        self.train, self.validation, self.batch_size, self.seed = train, validation, batch_size, seed or 0
 
     def batch(self, step: int) -> list[Problem]:
         """The problems of a step: epoch after epoch, each in an order of its own. A function of seed and step alone."""

@@ -192,7 +192,7 @@ class RLModule(lightning.LightningModule):
             functional_rows train is in float32 whatever the frozen rest is in.
         attention: Transformers' attention implementation.
         gradient_checkpointing: recompute activations in the backward pass, to save memory.
-        seed: of the noise in added rows, and of LoRA's beginning.
+        seed: of the noise in added rows, and of LoRA's beginning; null: seed_everything, or 0.
 
     Raises :class:`UserError` for values out of these ranges.
     """
@@ -228,7 +228,7 @@ class RLModule(lightning.LightningModule):
         dtype: str = "float32",
         attention: str = "sdpa",
         gradient_checkpointing: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -257,7 +257,7 @@ class RLModule(lightning.LightningModule):
             )
         self.table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
         self.model, self.tokenizer = load(model, dtype, attention)
-        add_functional_tokens(self.model, self.tokenizer, self.table, init, seed)
+        add_functional_tokens(self.model, self.tokenizer, self.table, init, seed or 0)
         logprobs.check_parts(self.model)
         width = self.model.get_output_embeddings().weight.shape[0]
         ends = end_ids(self.tokenizer, self.model.generation_config)
@@ -266,7 +266,9 @@ class RLModule(lightning.LightningModule):
         if trainable == "functional_rows" and self.table.as_text:
             raise UserError("model.trainable is functional_rows, but tags that are text have none; use all or lora")
         rows = [*self.vocabulary.opens, *self.vocabulary.closes]
-        self._adapted = [adapt(self.model, rows, trainable, lora, seed)]  # in a list: not a module beside the model
+        self._adapted = [
+            adapt(self.model, rows, trainable, lora, seed or 0)
+        ]  # in a list: not a module beside the model
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.reset_reference()

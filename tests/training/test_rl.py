@@ -143,7 +143,8 @@ def contents(out: Path) -> dict[Path, bytes]:
     [
         ("--model.lr=0.1", "model.lr: 0.0005 there, 0.1 here"),
         ("--data.train.init_args.count=41", "data.train: "),
-        ("--trainer.seed=1", "trainer.seed: 0 there, 1 here"),
+        ("--trainer.seed=1", "settings (trainer.seed: 0 there, 1 here)"),
+        ("--seed_everything=1", "data.seed: 0 there, 1 here"),
         ("--trainer.expander.init_args.c=1", "trainer.expander.c: 2.0 there, 1.0 here"),
         ("--trainer.reward.init_args.process_weight=0.1", "trainer.reward.process_weight"),
         ("--trainer.precision=bf16-mixed", "trainer.precision"),
