@@ -1,7 +1,7 @@
 """A second opinion, for triage: Math-Verify (its own extraction, parser and comparison), in workers like ours.
 
 Its limits need SIGALRM and the main thread, so none of them is used; a worker that overruns is killed. Install it with
-``pip install 'rftt-lightning[math-verify]'``.
+``pip install math-verify``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def second_opinions(name: str, pairs: Sequence[tuple[str, str | None]], seconds:
     if name not in NAMES:
         raise UserError(f"second is {name!r}; use {' or '.join(NAMES)}")
     if importlib.util.find_spec(name) is None:
-        raise UserError("math-verify is not installed; pip install 'rftt-lightning[math-verify]'")
+        raise UserError("math-verify is not installed; pip install math-verify")
     asked = iter([(gold, response or "") for gold, response in pairs])
     return [
         Verdict(Status.TIMED_OUT, gold=gold, rule=f"{name}: {reply}")
