@@ -34,8 +34,13 @@ INTERRUPTED = 130
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 for a fault, 2 for a mistake of the user's, 130 when interrupted."""
-    args = list(sys.argv[1:] if args is None else args)
+    """Run one command, that of the command line if ``args`` is None; returns the exit status: 0, 1 for a fault, 2 for a mistake of
+    the user's, 3 for a sickness that ``rftt diagnose`` finds, 130 when interrupted."""
+    if args is None:
+        args = sys.argv[1:]
+        if not sys.flags.safe_path:  # class_path finds what lies in the working directory, as with python -m
+            sys.path.insert(0, "")
+    args = list(args)
     try:
         return _run(args)
     except (UserError, argparse.ArgumentError) as error:

@@ -28,6 +28,14 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(one_line(message)) from ex
 
+    def instantiate(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().instantiate(*args, **kwargs)
+        except ValueError as error:
+            if isinstance(error.__cause__, UserError):  # what an optional class refused, in a message on its types
+                raise error.__cause__ from None
+            raise
+
 
 def one_line(message: object) -> str:
     """A message without line breaks. jsonargparse nests causes as indented lines, which ``;`` joins here.
@@ -76,13 +84,21 @@ def run_command(function: Callable[..., Any], args: Sequence[str], prog: str) ->
 
 def refuse_malformed(args: Sequence[str]) -> None:
     """Raises :class:`UserError` that names the ``--config`` file which is no YAML (the parser's own message does not)."""
-    words = [part for word in args for part in word.split("=", 1)]
-    following = [path for word, path in itertools.pairwise(words) if word == "--config"]
-    for path in filter(os.path.isfile, following):
+    for path in filter(os.path.isfile, named_configs(args)):
         try:
             yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is no YAML: {one_line(error)}") from error
+
+
+def named_configs(args: Sequence[str]) -> list[str]:
+    """What follows ``--config`` (or ``-c``, as LightningCLI has it) in a command line.
+
+    >>> named_configs(["rl", "fit", "--config", "a=1.yaml", "--config=b.yaml", "--trainer.out", "c"])
+    ['a=1.yaml', 'b.yaml']
+    """
+    words = [part for word in args for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    return [path for word, path in itertools.pairwise(words) if word in ("--config", "-c")]
 
 
 def save_config(text: str, folder: str | Path) -> None:

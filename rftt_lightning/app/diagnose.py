@@ -13,11 +13,14 @@ from rftt_lightning.app.command import CONFIG, Parser, paper, refuse_malformed
 from rftt_lightning.core.contracts import UserError
 from rftt_lightning.training.diagnostics import Diagnosis, Thresholds, diagnose, read_history
 
+LASTS = 3
+"""Exit status when a sickness lasts, which is neither a fault nor a mistake of the user's."""
+
 
 def main(args: list[str]) -> int:
     refuse_malformed(args)
     text = "Name the sicknesses of an RL run, finished or under way: since when, on what evidence, what to try."
-    parser = Parser(prog="rftt diagnose", description=f"{text} Exit status 1 if one lasts, 0 if none does.")
+    parser = Parser(prog="rftt diagnose", description=f"{text} Exit status {LASTS} if one lasts, 0 if none does.")
     parser.add_argument("--config", action="config", help="YAML file with options; may be repeated, later ones win")
     parser.add_argument("run", type=str, help="folder of the run; its metrics.jsonl is read, nothing is written")
     parser.add_argument(
@@ -28,9 +31,11 @@ def main(args: list[str]) -> int:
     options = parser.instantiate(parser.parse_args(args))
     folder = Path(options.run)
     history = read_history(folder / "metrics.jsonl")
+    if not history:
+        raise UserError(f"{folder / 'metrics.jsonl'} holds no step yet; wait until the run has done one")
     diagnosis = diagnose(history, options.thresholds or _configured(folder / CONFIG))
     print(_text(options.run, len(history), diagnosis), end="")
-    return int(bool(diagnosis.lasting))
+    return LASTS if diagnosis.lasting else 0
 
 
 def _configured(path: Path) -> Thresholds:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from rftt_lightning.app.command import one_line, refuse_malformed
+from rftt_lightning.app.command import Parser, one_line, refuse_malformed
 from rftt_lightning.core.contracts import UserError
 from rftt_lightning.training import checkpoints
 
 
-class FitParser(LightningArgumentParser):
+class FitParser(Parser, LightningArgumentParser):
     """Errors are :class:`UserError` s of one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(one_line(message)) from ex
 
 
 class SaveConfig(SaveConfigCallback):

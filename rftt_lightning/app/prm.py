@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from rftt_lightning.app.command import run_command
+from rftt_lightning.app.command import Parser, run_command
 from rftt_lightning.app.sft import SFTCLI, train
 from rftt_lightning.core.contracts import UserError
 from rftt_lightning.policy.prm import LocalPRM
 from rftt_lightning.training.prm import PRMModule, ValueDataModule
+
+SUBCOMMANDS = {
+    "fit": "fit a process reward model on the values of stored trees",
+    "validate": "measure one on the trees kept for validation",
+    "serve": "serve one: POST /score, GET /health",
+}
+"""Name -> one line of help."""
 
 
 def serve(
@@ -46,7 +53,18 @@ class PRMCLI(SFTCLI):
     OUT: ClassVar[str] = "runs/prm"
 
 
+def _parser() -> Parser:
+    """What the subcommands are; LightningCLI knows of its own two alone."""
+    parser = Parser(prog="rftt prm", description="A process reward model: fit one on stored trees, or serve any.")
+    commands = parser.add_subcommands()
+    for name, text in SUBCOMMANDS.items():
+        commands.add_subcommand(name, Parser(), help=text)
+    return parser
+
+
 def main(args: list[str]) -> int | None:
     if args[:1] == ["serve"]:
         return run_command(serve, args[1:], "rftt prm serve")
+    if not {"fit", "validate"}.intersection(args):
+        _parser().parse_args(args)  # prints the help, or raises
     return train(PRMCLI, PRMModule, ValueDataModule, args)

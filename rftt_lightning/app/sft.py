@@ -11,6 +11,7 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from rftt_lightning.app.command import make_folder, one_line
 from rftt_lightning.app.fit import FitCLI
@@ -77,7 +78,17 @@ class SFTCLI(FitCLI):
         make_folder(self._get(self.config_init, "out"))
         if self._get(self.config_init, "trainer")["logger"] is None:
             kwargs["logger"] = TensorBoardLogger(self._get(self.config_init, "out"), name="", version="")
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        strategy, devices = trainer.strategy, trainer.num_devices * trainer.num_nodes
+        if isinstance(strategy, ModelParallelStrategy):  # which would say so, in each process, when they all run
+            data = trainer.num_nodes if strategy._data_parallel_size == "auto" else strategy._data_parallel_size
+            tensor = trainer.num_devices if strategy._tensor_parallel_size == "auto" else strategy._tensor_parallel_size
+            if data * tensor != devices:
+                raise UserError(
+                    f"trainer.strategy: data_parallel_size {data} x tensor_parallel_size {tensor} is not the number of devices, "
+                    f"{devices}; set --trainer.strategy.init_args.data_parallel_size {devices} and tensor_parallel_size 1"
+                )
+        return trainer
 
 
 def train(cli: type[FitCLI], module: type[LightningModule], data: type[LightningDataModule], args: list[str]) -> int:

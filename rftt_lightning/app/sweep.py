@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from filelock import FileLock, Timeout
 from rich.live import Live
 from rich.table import Table
 
-from rftt_lightning.app.command import interruptible, make_folder, run_command
+from rftt_lightning.app.command import interruptible, make_folder, named_configs, run_command
 from rftt_lightning.core.contracts import UserError
 
 POLL = 0.2
@@ -61,6 +62,8 @@ def sweep(
         only: stages to be run, with what they build on; empty is all.
         plan: print the commands and stop.
     """
+    if not stages:
+        raise UserError("stages is empty; give name: command line, for one or more")
     for name, value in (("lanes", lanes), ("threads", threads)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
@@ -91,14 +94,11 @@ class Run:
 
     @property
     def digest(self) -> str:
-        """Of the command line, and the configs that it names."""
+        """Of the command line, and the configs that it names, as they are now."""
         digest = hashlib.sha256("\0".join(self.args).encode())
-        for word, path in zip(self.args, self.args[1:], strict=False):
-            if word == "--config":
-                try:
-                    digest.update(Path(path).read_bytes())
-                except OSError as error:
-                    raise UserError(f"stage {self.stage}: cannot read {path}: {error.strerror}") from error
+        for path in named_configs(self.args):
+            with contextlib.suppress(OSError):  # the command itself says so
+                digest.update(Path(path).read_bytes())
         return digest.hexdigest()[:16]
 
 
@@ -106,9 +106,10 @@ def expand(
     stages: Mapping[str, str], out: Path, seeds: Sequence[int], variables: Mapping[str, str | int | float]
 ) -> list[Run]:
     """Every stage, for every seed if it hangs on the seed. Raises :class:`UserError` for names that mean
-    nothing, and for stages that need each other."""
+    nothing, for variables that are named nowhere, and for stages that need each other."""
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds is {list(seeds)}; give one or more, each once")
+    texts = [*stages.values(), *map(str, variables.values())]
     stages = {stage: _filled(stage, line, variables) for stage, line in stages.items()}
     names = {stage: _names(stage, line) for stage, line in stages.items()}
     last = {stage for stage in stages if "out" in names[stage]}
@@ -135,6 +136,11 @@ def expand(
                 ) from error
             below = [name(need, s) for need in needs[stage] for s in (seeds if stage in last else [seed])]
             runs.append(Run(name(stage, seed), stage, args, tuple(dict.fromkeys(below))))
+    named = {name for text in texts for name in string.Template(text).get_identifiers()}
+    for variable in variables:
+        if variable not in named:
+            known = ", ".join(name for name in variables if name in named) or "none"
+            raise UserError(f"variables.{variable}: no stage and no other variable names it; those named are {known}")
     return runs
 
 
@@ -189,14 +195,18 @@ class Sweeper:
     def __init__(self, out: Path, runs: list[Run], lanes: int, threads: int) -> None:
         self.out, self.runs, self.lanes, self.threads = out, runs, lanes, threads
         self.record = out / "stages.json"
-        known = json.loads(self.record.read_text(encoding="utf-8")) if self.record.exists() else {}
+        try:
+            known = json.loads(self.record.read_text(encoding="utf-8")) if self.record.exists() else {}
+        except ValueError as error:
+            raise UserError(f"{self.record} is damaged: {error}; delete it, and every stage is run again") from error
         self.seconds: dict[str, float] = known.get("seconds", {})
         self.total: float = known.get("total", 0.0)
         self.done: dict[str, str] = known.get("done", {})
         self.failed: list[str] = []
-        self.running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+        self.running: dict[str, tuple[subprocess.Popen[bytes], float, str]] = {}
+        """Name -> process, when it began, and the digest of then: a config that is edited meanwhile was not run."""
         for run in runs:
-            if self.done.get(run.name, run.digest) != run.digest:
+            if run.name in self.done and self.done[run.name] != run.digest:
                 raise UserError(f"{run.name} of {out} was run with other settings; give another --out, or delete it")
 
     def run(self) -> None:
@@ -218,9 +228,9 @@ class Sweeper:
                     time.sleep(POLL)
                     self.collect()
             finally:
-                for process, _ in self.running.values():
+                for process, *_ in self.running.values():
                     process.terminate()
-                for process, _ in self.running.values():
+                for process, *_ in self.running.values():
                     process.wait()
                 self.note(list(self.running))
         for name in self.failed:
@@ -234,17 +244,18 @@ class Sweeper:
         for run in ready:
             log = self.log(run)
             log.parent.mkdir(parents=True, exist_ok=True)
+            digest = run.digest
             env = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "COLUMNS": "110"}
             command = [*PROGRAMS[run.args[0]], *run.args[1:]]
             with log.open("wb") as file:
                 # A session of its own: Ctrl-C reaches the sweep alone, which then ends its commands once.
                 process = subprocess.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
-            self.running[run.name] = process, time.monotonic()
+            self.running[run.name] = process, time.monotonic(), digest
         return len(ready)
 
     def collect(self) -> None:
         """Take note of what has ended."""
-        ended = {name: process for name, (process, _) in self.running.items() if process.poll() is not None}
+        ended = {name: process for name, (process, *_) in self.running.items() if process.poll() is not None}
         for run in self.runs:
             if run.name not in ended:
                 continue
@@ -253,7 +264,7 @@ class Sweeper:
                 tail = self.log(run).read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
                 print(f"{run.name} failed with exit status {code}:", *tail, sep="\n  ", file=sys.stderr, flush=True)
             else:
-                self.done[run.name] = run.digest
+                self.done[run.name] = self.running[run.name][2]
         self.note(list(ended))
         for name in ended:
             del self.running[name]

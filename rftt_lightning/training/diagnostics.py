@@ -209,7 +209,8 @@ def token_collapse(trends: Trends) -> str | None:
     now, start = (sum(getattr(t, time) for t in tokens.values()) for time in ("now", "start"))
     for name, trend in tokens.items():
         if trend.now > limits.token_share * now > 0 and trend.ready:
-            return f"{name} makes {100 * trend.now / now:.0f} % of the segments ({100 * trend.start / start:.0f} % at the start)"
+            before = trend.start / start if start else 0.0  # tags as text may begin with none
+            return f"{name} makes {100 * trend.now / now:.0f} % of the segments ({100 * before:.0f} % at the start)"
         used = trend.ready and trend.start > 0.05 * start
         if used and trend.now < limits.token_gone * trend.start:
             return f"{name} is no more used ({trend} an answer)"

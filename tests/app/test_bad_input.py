@@ -74,6 +74,8 @@ def gsm8k(path: str) -> list[str]:
         ([*SFT, "--data.folder=@/nowhere", "--out=@/out"], ["nowhere"]),
         ([*RL, "--trainer.out=@/file/below"], ["file"]),
         ([*RL, "--trainer.expander.init_args.mode=forest"], ["forest"]),
+        ([*RL, "--trainer.greedy.init_args.max_tokens=0", "--trainer.out=@/out"], ["max_tokens is 0"]),
+        ([*RL, "--trainer.callbacks.init_args.thresholds.window=1", "--trainer.out=@/out"], ["window=1"]),
         (["check", "@/nowhere.jsonl", "--output=@/out.jsonl"], ["nowhere.jsonl"]),
         (["tokens", "--model=@/nothing"], ["nothing"]),
         ([*SEARCH, "--backend.init_args.dtype=foo", "--out=@/out"], ["dtype is 'foo'", "float32"]),

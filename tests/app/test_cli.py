@@ -101,6 +101,23 @@ def test_unknown_command(args, capsys):
     assert "search, curate" in err
 
 
+@pytest.mark.parametrize(("flags", "status"), [((), 0), (("-P",), 2)])
+def test_a_class_in_the_working_directory_is_found(tmp_path, flags, status):
+    """The console script lies elsewhere, as here; -P asks for a path without the working directory."""
+    script = tmp_path / "bin" / "rftt"
+    script.parent.mkdir()
+    script.write_text("import sys\nfrom rftt_lightning.app.cli import main\nsys.exit(main())\n")
+    (tmp_path / "mysrc.py").write_text(
+        "from rftt_lightning.tiny.countdown import Countdown\nclass MySource(Countdown):\n    pass\n"
+    )
+    options = [f"--config={SFT.with_name('search.yaml')}", "--source.class_path=mysrc.MySource", "--print_config"]
+    command = [sys.executable, *flags, str(script), "search", *options]
+    env = {**os.environ, "PYTHONPATH": str(SFT.parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == status, done.stderr
+    assert "mysrc.MySource" in (done.stderr if status else done.stdout)
+
+
 # -- typed functions as commands -------------------------------------------------------------------------------------------
 
 CALLS = []
@@ -321,6 +338,12 @@ def test_interrupted_sft(world, tmp_path, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("rftt: interrupted")
 
 
+def sharded(data, tensor):
+    strategy = "--trainer.strategy"
+    sizes = [f"{strategy}.data_parallel_size={data}", f"{strategy}.tensor_parallel_size={tensor}"]
+    return [f"{strategy}=lightning.pytorch.strategies.ModelParallelStrategy", *sizes, "--trainer.devices=1"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -341,6 +364,8 @@ def test_interrupted_sft(world, tmp_path, capsys):
         (["--model.dtype", "foo"], "foo"),
         (["--model.betas", "[0.9, 1.0]"], "0 <= betas < 1"),
         (["--trainer.accelerator", "tpu"], "trainer: "),
+        (sharded(8, 1), "data_parallel_size 8 x tensor_parallel_size 1 is not the number of devices, 1; set --"),
+        (sharded("auto", 2), "data_parallel_size 1 x tensor_parallel_size 2 is not the number of devices, 1"),
         (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches is 0"),
     ],
 )

@@ -105,11 +105,20 @@ def test_mistakes_at_the_command_line(tmp_path, capfd):
         (["fit", "--model.model=x", "--data.trees=[]"], "data.trees is empty"),
         (["fit", "--model.model=x", "--data.trees=[x]", "--data.estimate=mild"], "data.estimate is 'mild'"),
         (["fit", "--model.model=x", "--data.trees=[x]", "--model.schedule=x"], "model.schedule is 'x'"),
-        (["paint"], "paint"),
+        (["paint"], "'paint' (choose from 'fit', 'validate', 'serve')"),
+        ([], "fit,validate,serve"),
     ]:
         assert main(["prm", *args]) == 2
         (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("rftt:")]
         assert words in line
+
+
+def test_help_names_every_subcommand(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["prm", "--help"])
+    assert not stop.value.code
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^ +{name} ", out, re.MULTILINE) for name in ("fit", "validate", "serve"))
 
 
 # -- an RL run -----------------------------------------------------------------------------------------------------------------

@@ -106,18 +106,27 @@ def test_a_plan_that_cannot_be_run_says_why(stages, message):
         plan(stages, n=1)
 
 
+def test_a_variable_that_nothing_names_is_refused():
+    stages = {"a": "rftt search --config ${world}/search.yaml $more"}
+    with pytest.raises(UserError, match=r"variables\.wrld: .* those named are world, more, n$"):
+        plan(stages, world="configs", more="--n $n", n=1, wrld="x")
+    with pytest.raises(UserError, match=r"variables\.n: .* those named are none"):
+        plan({"a": "rftt search --n n $$n"}, n=1)
+
+
 def test_seeds_are_there_and_each_once():
     for seeds in ((), (1, 1)):
         with pytest.raises(UserError, match="seeds is"):
             plan({"a": "rftt search"}, seeds)
 
 
-def test_the_digest_changes_with_command_and_config(tmp_path):
+@pytest.mark.parametrize("words", [("--config", "{}"), ("--config={}",), ("sft", "fit", "-c", "{}")])
+def test_the_digest_changes_with_command_and_config(tmp_path, words):
     config = tmp_path / "c.yaml"
-    run = Run("a", "a", ("rftt", "search", "--config", str(config)), ())
-    with pytest.raises(UserError, match="stage a: cannot read"):
-        _ = run.digest
+    run = Run("a", "a", ("rftt", *(word.format(config) for word in words)), ())
+    missing = run.digest
     config.write_text("x: 1")
+    assert missing != run.digest
     before = run.digest
     assert before == run.digest != Run("a", "a", (*run.args, "--n", "2"), ()).digest
     config.write_text("x: 2")
@@ -147,6 +156,39 @@ def test_what_is_done_is_not_run_again_and_other_settings_are_refused(tmp_path):
     code, _, err = wait(sweep(tmp_path, config))
     assert code == 2 and "seed-4/first of" in err and "other settings" in err and err.count("\n") == 1
     assert len(ran(tmp_path)) == 4
+
+
+def test_a_config_that_is_edited_while_its_stage_runs_counts_as_it_was(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("x: 1")
+    stages = {"a": f"python -c \"open('{config}', 'w').write('x: 2')\" --config {config}"}
+    assert wait(sweep(tmp_path, {"stages": stages}))[0] == 0
+    code, _, err = wait(sweep(tmp_path, {"stages": stages}))
+    assert code == 2 and "a of" in err and "other settings" in err
+    config.write_text("x: 1")
+    assert wait(sweep(tmp_path, {"stages": stages}))[0] == 0
+
+
+def test_a_stage_may_name_a_config_that_an_earlier_one_writes(tmp_path):
+    write = "import os, sys; os.makedirs(sys.argv[1]); open(sys.argv[1] + '/c.yaml', 'w').write('x: 1')"
+    stages = {"a": f'python -c "{write}" $here', "b": f"{note(tmp_path, 'b')} --config $a/c.yaml"}
+    for _ in range(2):
+        code, _, err = wait(sweep(tmp_path, {"stages": stages}))
+        assert code == 0, err
+    assert ran(tmp_path) == ["b"]
+    (tmp_path / "out" / "a" / "c.yaml").write_text("x: 2")
+    code, _, err = wait(sweep(tmp_path, {"stages": stages}))
+    assert code == 2 and "b of" in err and "other settings" in err
+
+
+def test_no_stages_and_a_torn_record_are_refused_in_one_line(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stages.json").write_text('{"done": {"a')
+    code, _, err = wait(sweep(tmp_path, {"stages": {"a": note(tmp_path, "a")}}))
+    assert code == 2 and "stages.json is damaged" in err and "delete it" in err and err.count("\n") == 1
+    code, _, err = wait(sweep(tmp_path, {"stages": {}}))
+    assert code == 2 and "stages is empty" in err and err.count("\n") == 1
+    assert not ran(tmp_path)
 
 
 def test_what_builds_on_a_failure_is_left_out_and_the_rest_goes_on(tmp_path):

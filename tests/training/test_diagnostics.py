@@ -113,6 +113,15 @@ def test_an_alarm_begins_and_ends_after_patience_and_names_the_step():
     assert [(a.since, a.until) for a in again.alarms] == [(3, 7), (10, None)]
 
 
+def test_a_token_that_takes_all_where_none_stood_at_the_start():
+    """Tags as text, no warm-up: the first window has no functional token."""
+    diagnosis = Diagnosis(Thresholds(window=2, patience=1))
+    for step, count in enumerate((0.0, 0.0, 3.0, 3.0)):
+        diagnosis.tell({"step": step, "accuracy": 0.5, "functional_tokens/next_step": count})
+    (alarm,) = diagnosis.lasting
+    assert alarm.name == "token_collapse" and alarm.evidence.endswith("100 % of the segments (0 % at the start)")
+
+
 def test_tell_gives_what_begins_and_ends_once():
     diagnosis, rung = Diagnosis(Thresholds(window=2, patience=2)), []
     for row in kl(0, 0, 2, 2, 2, 2, 0, 0, 0, 0, 0):
@@ -194,7 +203,7 @@ def test_a_sickness_stops_the_run_and_a_second_start_goes_on(tmp_path, capfd):
     assert [event.value for event in events.Scalars("alarms/kl_explosion")] == [0.0] * 10
     drawn = {"trees/transitions", "trees/shapes", "trees/repairs", "paths/0", "paths/1", "paths/2"}
     assert drawn <= set(events.Tags()["images"])
-    assert main(["diagnose", str(out)]) == 1
+    assert main(["diagnose", str(out)]) == 3
     assert "dead_groups" in capfd.readouterr().out
 
 
@@ -212,23 +221,30 @@ def test_the_command_prints_the_evidence_and_says_by_its_status_whether_one_last
     healthy = folder("healthy", read_history(HEALTHY[0]))
     assert main(["diagnose", healthy]) == 0
     assert "40 steps, alarms: 0 last, 0 over" in capfd.readouterr().out
-    assert main(["diagnose", healthy, "--thresholds.kl=0.01"]) == 1
+    assert main(["diagnose", healthy, "--thresholds.kl=0.01"]) == 3
     assert "kl_explosion" in capfd.readouterr().out
     config = {"class_path": "x.Diagnostics", "init_args": {"thresholds": {"kl": 0.01}}}
     Path(healthy, "config.yaml").write_text(json.dumps({"trainer": {"callbacks": [config]}}))
-    assert main(["diagnose", healthy]) == 1, "the run's own thresholds"
-    assert main(["diagnose", folder("gaming", read_history(RECORDED / "gaming-0.jsonl"))]) == 1
+    assert main(["diagnose", healthy]) == 3, "the run's own thresholds"
+    assert main(["diagnose", folder("gaming", read_history(RECORDED / "gaming-0.jsonl"))]) == 3
     said = capfd.readouterr().out
     assert "prm_gaming" in said and "repairs" in said and "process_weight" in said
 
 
-@pytest.mark.parametrize("text", [None, "[1]\n", '{"kl": 1.0}\n', '{"step": "a"}\n'])
+@pytest.mark.parametrize("text", [None, "", '{"step": 0', "[1]\n", '{"kl": 1.0}\n', '{"step": "a"}\n'])
 def test_the_command_refuses_what_is_no_run(tmp_path, capfd, text):
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
     assert main(["diagnose", str(tmp_path)]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert str(tmp_path / "metrics.jsonl") in line
+
+
+def test_the_command_refuses_thresholds_out_of_range(capfd):
+    for options in (["--thresholds.window", "-1"], ["--thresholds={kl: 0}"]):
+        assert main(["diagnose", str(RECORDED), *options]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith("rftt: thresholds")
 
 
 def test_a_torn_last_line_is_left_out(tmp_path):
