@@ -45,6 +45,8 @@ from rftt_lightning.training.rl import MEASURED, RLBatch, RLModule, Work, collat
 
 PRECISIONS = ("32-true", "bf16-mixed")
 """Weights are in float32 in both: in half precision most of RL's small updates would be rounded away."""
+STRATEGIES = ("auto", "ddp")
+"""With each the weights are whole on each device, as rollouts need them."""
 MANY_TIMED_OUT = 0.05
 """Share of a step's rollouts; if the verdicts of more have timed out, a warning says so."""
 
@@ -153,6 +155,10 @@ class RLTrainer:
             raise UserError(f"trainer.export is {export}; use last, or best with trainer.greedy, which validates")
         if precision not in PRECISIONS:
             raise UserError(f"trainer.precision is {precision}; use {' or '.join(PRECISIONS)}")
+        if strategy not in STRATEGIES:
+            raise UserError(
+                f"trainer.strategy is {strategy}; use {' or '.join(STRATEGIES)}: each device has the whole weights"
+            )
         if not out:
             raise UserError("trainer.out is empty; give a folder")
         self.expander, self.reward, self.greedy, self.out = expander, reward, greedy, Path(out)

@@ -121,6 +121,7 @@ def test_further_problems_are_others_and_hang_on_seed_and_step_alone():
         (["--trainer.refill=1"], "trainer.refill is 1; it must be 0, or more with trainer.filter_dead true"),
         ([FILTER, "--trainer.refill=-1"], "trainer.refill is -1"),
         (["--trainer.reuse=none"], "trainer.reuse is none; use steps or trees"),
+        (["--trainer.strategy=fsdp"], "trainer.strategy is fsdp; use auto or ddp"),
         (["--trainer.export=first"], "trainer.export is first; use last, or best"),
         (["--trainer.export=best", "--trainer.greedy=null"], "trainer.export is best; use last, or best with trainer.greedy"),
         (["--model.trainable=some"], "model.trainable is 'some'"),
