@@ -47,9 +47,9 @@ class FakeServer:
     ``reported`` is the distribution whose log-probs are told: sampled, tempered, masked or raw (the engine's own by default).
     ``most`` log-probs are told a token; ``token_ids``: ids come back; ``obedient``: logit_bias is heeded; ``length`` is that
     of the context. ``faults`` are spent one a completion: 0 (none), a status (500, or 429 with ``retry_after``), "hang",
-    "reset", "garbage", "torn", "fewer" (log-probs than tokens), "silent" (about a token), "early" (it stops at no stop),
-    "blank" (it stops at once), "nan", "range", "cut" (it gives up), "empty". ``bodies`` keeps all completion requests,
-    ``posts`` all others.
+    "dribble" (an answer that takes as long as "hang", byte by byte), "reset", "garbage", "torn", "fewer" (log-probs than tokens),
+    "silent" (about a token), "early" (it stops at no stop), "blank" (it stops at once), "nan", "range", "cut" (it gives up),
+    "empty". ``bodies`` keeps all completion requests, ``posts`` all others.
     """
 
     _known: ClassVar[dict[tuple[int, tuple[int, ...]], np.ndarray]] = {}  # servers of one model share what it said
@@ -261,10 +261,22 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "empty":
             found["choices"] = []
         text = json.dumps(found).encode()
+        if fault == "dribble":
+            return self._dribble(text)
         if fault == "torn":
             self.close_connection = True
             return self._write(200, text[: len(text) // 2], {"Content-Length": str(len(text))})
         return self._write(200, text, {})
+
+    def _dribble(self, text: bytes) -> None:
+        """Blanks at even intervals, then the answer."""
+        count = 20
+        self._write(200, b"", {"Content-Length": str(count + len(text))})
+        for _ in range(count):
+            self.fake._stopped.wait(self.fake.hang / count)
+            self.wfile.write(b" ")
+            self.wfile.flush()
+        self.wfile.write(text)
 
     def _send(self, status: int, data: object, headers: Mapping[str, str] = {}) -> None:
         self._write(status, json.dumps(data).encode(), headers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rftt_lightning.core.contracts import QUESTION, Completion, Finish, Provenance, Request, Segment, UserError, collect
@@ -21,6 +22,9 @@ from rftt_lightning.policy.decode import Batch, Row
 from rftt_lightning.policy.prefix import PrefixCache
 from rftt_lightning.policy.tokenized import TokenizedBackend, read_table
 from rftt_lightning.policy.vocab import end_ids, find, load, text_tags
+
+CHUNK = 1 << 22
+"""Bytes of weights that are digested at a time: few calls on a GPU, and what a CPU's cache holds."""
 
 
 class HFBackend(TokenizedBackend):
@@ -253,6 +257,17 @@ def _evaluating(modules: Sequence[Module]) -> Iterator[None]:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Tells apart two trainings in one folder: a digest of the first numbers of every tensor."""
-    heads = (p.detach().flatten()[:16].float().cpu().numpy().tobytes() for p in model.parameters())
-    return hashlib.blake2b(b"".join(heads), digest_size=4).hexdigest()
+    """Tells apart two trainings in one folder: the first 8 digits of the :func:`digest` of all parameters."""
+    return digest(model.parameters())[:8]
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Hexadecimal digest (16 digits) of every bit of tensors on one device, the same on every device. They are summed where they
+    are, some at a time: as words of eight bytes, and as these times their places."""
+    sums = []
+    for tensor in tensors:
+        for part in tensor.detach().flatten().view(torch.uint8).split(CHUNK):
+            words = pad(part, (0, -len(part) % 8)).view(torch.int64)
+            places = torch.arange(1, len(words) + 1, device=words.device)
+            sums.append(torch.stack([words.sum(), (words * places).sum()]))  # integers wrap around alike everywhere
+    return hashlib.blake2b(torch.stack(sums).cpu().numpy().tobytes(), digest_size=8).hexdigest()

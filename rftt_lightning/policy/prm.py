@@ -15,9 +15,8 @@ import warnings
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.policy.hf import fingerprint
 from rftt_lightning.policy.logprobs import check_parts, parts
-from rftt_lightning.policy.remote import Failure, Server
+from rftt_lightning.policy.remote import Failure, Server, in_threads
 from rftt_lightning.policy.rewards import StepPath, StepScorer
 from rftt_lightning.policy.vocab import load
 
@@ -81,9 +80,11 @@ class Writer:
         """None if the separators cannot be told from the rest."""
         prompt = self.prompt(self._clean(question))
         formatted = (self.step.format(number=i, tag=s.tag, text=self._clean(s.text)) for i, s in enumerate(steps, 1))
-        encoded = self.tokenizer(prompt + "".join(formatted), add_special_tokens=self.special)
-        tokens = encoded["input_ids"]
-        start = encoded.char_to_token(len(prompt.rstrip()) - 1) if prompt.strip() else -1
+        text, last = prompt + "".join(formatted), len(prompt.rstrip())
+        encoded = self.tokenizer(text, add_special_tokens=self.special, return_offsets_mapping=True)
+        tokens, places = encoded["input_ids"], encoded["offset_mapping"]
+        # Not the token of the last character: one that a normaliser has composed with another has none.
+        start = max((i for i, (begin, end) in enumerate(places) if begin < min(end, last)), default=-1)
         ends = [i for i, token in enumerate(tokens) if i > start and token in self.ids]
         return Written(tuple(tokens), (max(start, 0), *ends)) if len(ends) == len(steps) else None
 
@@ -380,18 +381,13 @@ class RemotePRM(StepScorer):
         return [known[key] for key in keys]
 
     def _ask(self, asked: Mapping[bytes, StepPath]) -> dict[bytes, Scores]:
-        halt = threading.Event()
-        self._meet(halt)
+        self._meet()
         items = {key: _item(p.question, steps) for key, (p, steps) in asked.items()}
+        requests = ({key: items[key] for key in keys} for keys in self._requests(items))
         found: dict[bytes, Scores] = {}
-        pool = ThreadPoolExecutor(self._concurrency)
-        try:
-            calls = [pool.submit(self._call, {k: items[k] for k in keys}, halt) for keys in self._requests(items)]
-            for call in calls:
-                found |= call.result()
-        finally:  # an error, Ctrl-C: nobody waits for the others
-            halt.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+        for ready in in_threads(self._call, lambda room: list(islice(requests, room)), self._concurrency):
+            for _, scores in ready:
+                found |= scores
         if huge := [key for key in asked if key not in found]:
             warnings.warn(
                 f"{len(huge)} paths are too long for a request to the PRM; their steps have no score", stacklevel=3
@@ -419,9 +415,9 @@ class RemotePRM(StepScorer):
         scores = self._server.call("/score", {"paths": list(items.values())}, lambda data: _scores(data, counts), halt)
         return dict(zip(items, scores, strict=True))
 
-    def _meet(self, halt: threading.Event) -> None:
+    def _meet(self) -> None:
         """Ask the server what it serves, and how much it takes at a time."""
-        health = self._server.call("/health", None, _health, halt)
+        health = self._server.call("/health", None, _health, threading.Event())
         if self.model is not None and health["model"] != self.model:
             raise UserError(
                 f"{self._server.url} serves {health['model']!r}, scorer.model is {self.model!r}; start the right PRM"

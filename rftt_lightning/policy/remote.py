@@ -7,6 +7,7 @@ closing tag. Prompts are token ids; a server that takes or gives text only is us
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import queue
@@ -15,8 +16,8 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
@@ -44,6 +45,7 @@ from rftt_lightning.policy.tokenized import TokenizedBackend, read_table
 from rftt_lightning.policy.vocab import end_ids
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 BIAS = 100.0
 """Nats that set tokens apart; e^-100 is nothing to a float32 softmax, and servers refuse more."""
@@ -142,7 +144,7 @@ class Server:
         if parts.scheme not in ("http", "https") or not parts.host:
             raise UserError(f"{option}.url is {url!r}; give one like http://localhost:8000")
         self.url, self.patience, self.usage = url.rstrip("/").removesuffix("/v1"), patience, usage
-        self.reloaded, self.option = False, option
+        self.timeout, self.reloaded, self.option = timeout, False, option
         self.lock = threading.Lock()
         self._client = httpx2.Client(
             base_url=self.url,
@@ -193,8 +195,14 @@ class Server:
     def _once(self, path: str, body: object) -> Any:
         with self.lock:
             self.usage.calls += 1
+        deadline, content = time.monotonic() + self.timeout, bytearray()
         try:
-            reply = self._client.request("GET" if body is None else "POST", path, json=body)
+            # httpx's timeout is that of one read, so a server that dribbles its answer would never meet it.
+            with self._client.stream("GET" if body is None else "POST", path, json=body) as reply:
+                for part in reply.iter_bytes():
+                    content += part
+                    if time.monotonic() > deadline:
+                        raise httpx2.ReadTimeout("it dribbles")
         except httpx2.TimeoutException as error:
             raise Failure("timeout", f"no answer within {self.option}.timeout ({type(error).__name__})") from error
         except httpx2.ConnectError as error:
@@ -206,15 +214,63 @@ class Server:
             raise Failure("connection", str(error)) from error
         except httpx2.RequestError as error:
             raise Failure("connection", f"{type(error).__name__}: {error}") from error
+        text = content.decode(errors="replace")
         if reply.status_code == 429 or reply.status_code >= 500:
-            raise Failure(f"http_{reply.status_code}", reply.text, _seconds(reply.headers.get("Retry-After", "")))
+            raise Failure(f"http_{reply.status_code}", text, _seconds(reply.headers.get("Retry-After", "")))
         if reply.status_code != 200:
-            words = " ".join(reply.text.split())[:300]
+            words = " ".join(text.split())[:300]
             raise UserError(f"{self.url}{path} refuses the request ({reply.status_code}): {words or 'no reason given'}")
         try:
-            return reply.json() if reply.content else None
+            return json.loads(content) if content else None
         except ValueError as error:
-            raise Failure("malformed", f"no JSON: {reply.text[:100]}") from error
+            raise Failure("malformed", f"no JSON: {text[:100]}") from error
+
+
+def in_threads(
+    work: Callable[[T, threading.Event], R], more: Callable[[int], Sequence[T]], most: int
+) -> Generator[list[tuple[int, R]], None, None]:
+    """What ``work`` makes of items, ``most`` at a time: ``more(room)`` gives at most ``room`` further ones, and each list that is
+    yielded holds (how manyth item, result) of those that are ready. Raises what ``work`` raises. At the end, an early one too,
+    the event that ``work`` is given is set, and nobody waits for what is under way."""
+    # Daemon threads and two queues, not a ThreadPoolExecutor: the interpreter joins that one's threads at its end, so after
+    # Ctrl-C it would hang for as long as the slowest call.
+    halt = threading.Event()
+    asked: queue.SimpleQueue[tuple[int, T] | None] = queue.SimpleQueue()
+    ready: queue.SimpleQueue[tuple[int, R | Exception]] = queue.SimpleQueue()
+
+    def run() -> None:
+        while (given := asked.get()) is not None:
+            number, item = given
+            try:
+                ready.put((number, work(item, halt)))
+            except _Halted:
+                return
+            except Exception as error:  # noqa: BLE001  the border of a thread: it is raised below
+                ready.put((number, error))
+
+    count = threads = waiting = 0
+    try:
+        while (fresh := more(most - waiting)) or waiting:
+            for item in fresh:
+                asked.put((count, item))
+                count, waiting = count + 1, waiting + 1
+                if threads < waiting:
+                    threading.Thread(target=run, daemon=True).start()
+                    threads += 1
+            answers = [ready.get()]
+            while not ready.empty():
+                answers.append(ready.get())
+            waiting -= len(answers)
+            found: list[tuple[int, R]] = []
+            for number, answer in answers:
+                if isinstance(answer, Exception):
+                    raise answer
+                found.append((number, answer))
+            yield found
+    finally:
+        halt.set()
+        for _ in range(threads):
+            asked.put(None)
 
 
 def _seconds(retry_after: str) -> float:
@@ -328,59 +384,30 @@ class RemoteBackend(TokenizedBackend):
         return collect(self, requests)
 
     def stream(self, more: Callable[[int], Sequence[Request]]) -> Iterator[list[tuple[int, Completion]]]:
-        # Daemon threads and two queues, not a ThreadPoolExecutor: the interpreter joins that one's threads at its end, so after
-        # Ctrl-C it would hang for as long as the slowest call.
-        halt = threading.Event()
-        asked: queue.SimpleQueue[tuple[int, Request] | None] = queue.SimpleQueue()
-        ready: queue.SimpleQueue[tuple[int, Completion | Exception]] = queue.SimpleQueue()
-        count = threads = waiting = 0
-        began = time.monotonic()
+        waiting, began = 0, time.monotonic()
+
+        def checked(room: int) -> Sequence[Request]:
+            nonlocal waiting, began
+            fresh = more(room)
+            if fresh and not waiting:
+                began = time.monotonic()
+            for request in fresh:
+                self._meet(threading.Event())
+                self._refuse(request)
+            waiting, self._flying = waiting + len(fresh), self._flying + len(fresh)
+            return fresh
+
         try:
-            while (fresh := more(self.batch_size - waiting)) or waiting:
-                if fresh and not waiting:
-                    began = time.monotonic()
-                for request in fresh:
-                    self._meet(halt)
-                    self._refuse(request)
-                    asked.put((count, request))
-                    count, waiting, self._flying = count + 1, waiting + 1, self._flying + 1
-                    if threads < waiting:
-                        threading.Thread(target=self._work, args=(asked, ready, halt), daemon=True).start()
-                        threads += 1
-                answers = [ready.get()]
-                while not ready.empty():
-                    answers.append(ready.get())
-                waiting, self._flying = waiting - len(answers), self._flying - len(answers)
-                if not waiting:
-                    self.usage.seconds["model"] += time.monotonic() - began
-                found: list[tuple[int, Completion]] = []
-                for number, answer in answers:
-                    if isinstance(answer, Exception):
-                        raise answer
-                    found.append((number, answer))
-                yield found
+            with closing(in_threads(self._answer, checked, self.batch_size)) as answers:
+                for ready in answers:
+                    waiting, self._flying = waiting - len(ready), self._flying - len(ready)
+                    if not waiting:
+                        self.usage.seconds["model"] += time.monotonic() - began
+                    yield ready
         finally:
-            halt.set()
             self._flying -= waiting
             if waiting:
                 self.usage.seconds["model"] += time.monotonic() - began
-            for _ in range(threads):
-                asked.put(None)
-
-    def _work(
-        self,
-        asked: queue.SimpleQueue[tuple[int, Request] | None],
-        ready: queue.SimpleQueue[tuple[int, Completion | Exception]],
-        halt: threading.Event,
-    ) -> None:
-        while (item := asked.get()) is not None:
-            number, request = item
-            try:
-                ready.put((number, self._answer(request, halt)))
-            except _Halted:
-                return
-            except Exception as error:  # noqa: BLE001  the border of a thread: stream() raises it
-                ready.put((number, error))
 
     def reload(self, folder: str, version: int) -> None:
         """Have the server load the weights in ``folder`` (a path of its own), and count what it writes from now on as policy

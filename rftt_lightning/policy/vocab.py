@@ -208,7 +208,7 @@ def find(tokens: tuple[int, ...], part: tuple[int, ...], begin: int = 0) -> int 
 def _words(tokenizer: PreTrainedTokenizerBase, description: str, old: int) -> list[int]:
     """Known ids below ``old`` of the description's words, as they stand at a word's beginning and within a text."""
     words = re.findall(r"[a-z]+", description.lower())
-    return [i for word in words for text in {word, " " + word} for i in _ids(tokenizer, text) if i < old]
+    return [i for word in words for text in (word, " " + word) for i in _ids(tokenizer, text) if i < old]
 
 
 def check_round_trip(tokenizer: PreTrainedTokenizerBase, table: TokenTable) -> None:
@@ -236,8 +236,8 @@ class Vocabulary:
 
     States: 0 is free text; 1 + i is inside the segment of token i; :meth:`boundary` gives those at which a functional token
     comes next. Inside a segment all ordinary tokens and its own closing tag are allowed, at a boundary the opening tags of
-    the legal followers, in free text all but functional tokens. Special tokens (end of turn, padding, chat roles) are allowed
-    nowhere but for the end of turn in free text. ``allowed_SV`` is bool, ``opens`` and ``closes`` are ids in the table's order.
+    the legal followers, in free text all but functional tokens. Special tokens (padding, chat roles) are allowed nowhere, and
+    ``ends``, which end the turn, in free text alone. ``allowed_SV`` is bool, ``opens`` and ``closes`` are ids in the table's order.
 
     Of a table whose tags are text it is the vocabulary of :data:`NOTHING`: a rollout is free text, state 0 throughout.
     """
@@ -255,7 +255,7 @@ class Vocabulary:
         self.after_V[self.opens] = torch.arange(1, n + 1)
         self.after_V[self.closes] = torch.arange(n + 2, 2 * n + 2)
         plain_V = plain_tokens(tokenizer, width)
-        plain_V[[*self.opens, *self.closes]] = False
+        plain_V[[*self.opens, *self.closes, *ends]] = False
         self.allowed_SV = torch.zeros(2 * n + 2, width, dtype=torch.bool)
         self.allowed_SV[: n + 1] = plain_V
         self.allowed_SV[0, list(ends)] = True
@@ -291,9 +291,10 @@ class Vocabulary:
 
 def plain_tokens(tokenizer: PreTrainedTokenizerBase, width: int) -> Tensor:
     """[V] bool: ids that the tokenizer knows and that are not special; padded rows are not among them."""
+    marked = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]  # Llama 3 lists few of them
     plain = torch.zeros(width, dtype=torch.bool)
     plain[list(tokenizer.get_vocab().values())] = True
-    plain[list(tokenizer.all_special_ids)] = False
+    plain[[*tokenizer.all_special_ids, *marked]] = False
     return plain
 
 

@@ -82,7 +82,7 @@ class Curator:
             and that the wrong branch did not take as well.
         affirms, denies: regular expressions that tell what a verify text says; exactly one must be found.
         train_wrong_branch: False keeps the wrong steps in the context and out of the loss.
-        sampling: how verify texts are drawn; max_tokens caps one.
+        sampling: how verify texts are drawn; max_tokens caps one, whatever the sampling says of segments.
         seed: of all draws.
     """
 
@@ -120,12 +120,8 @@ class Curator:
         self.alpha, self.merges, self.repairs, self.verify_share = alpha, merges, repairs, verify_share
         self.preparing = tuple(preparing)
         self.affirms, self.denies = _expression("affirms", affirms), _expression("denies", denies)
-        self.train_wrong_branch, self.sampling, self.max_tokens, self.seed = (
-            train_wrong_branch,
-            sampling,
-            max_tokens,
-            seed,
-        )
+        self.sampling = replace(sampling, max_segment_tokens=max_tokens)
+        self.train_wrong_branch, self.max_tokens, self.seed = train_wrong_branch, max_tokens, seed
 
     def curate(
         self, trees: Iterable[Tree], source: ProblemSource, backend: Backend, report: Report, chunk: int = 256

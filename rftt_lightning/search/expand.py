@@ -12,6 +12,7 @@ import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -245,7 +246,8 @@ class PromptExpander(Expander):
 class ChainOfThought(Expander):
     """No search and no functional tokens: ``rollouts`` independent answers to one prompt, ``<prompts>/cot.txt``.
 
-    The baseline of a model that was never taught functional tokens; each answer is one segment named ``cot``.
+    The baseline of a model that was never taught functional tokens; each answer is one segment named ``cot``, which may take all
+    ``max_tokens``, whatever the sampling says of segments.
     """
 
     def __init__(
@@ -257,7 +259,8 @@ class ChainOfThought(Expander):
     ) -> None:
         _check(rollouts=rollouts, max_tokens=max_tokens)
         self.prompts = read_prompts(prompts, [COT])
-        self.rollouts, self.sampling, self.max_tokens, self.c = rollouts, sampling, max_tokens, 0.0
+        self.sampling = replace(sampling, max_segment_tokens=max_tokens)
+        self.rollouts, self.max_tokens, self.c = rollouts, max_tokens, 0.0
 
     def plant(self, problem: Problem, backend: Backend) -> Tree:
         return Tree(problem, backend.chat(dialogue(problem.question, [], self.prompts, ask=COT)))

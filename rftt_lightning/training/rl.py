@@ -5,7 +5,6 @@ Shape suffixes: B rows, T response positions (right-padded), L prompt and respon
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections import defaultdict
@@ -23,6 +22,7 @@ from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.policy import logprobs, objectives
 from rftt_lightning.policy.adapters import LoRA, adapt
+from rftt_lightning.policy.hf import digest
 from rftt_lightning.policy.vocab import Vocabulary, add_functional_tokens, end_ids, load
 
 
@@ -302,18 +302,8 @@ class RLModule(lightning.LightningModule):
             ) from error
 
     def digest(self) -> str:
-        """Hexadecimal digest of every bit of what is trained, the same on every device: one policy of a run from another."""
-        sums = []
-        for parameter in self.trained().values():
-            bits = (
-                parameter.detach().flatten().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.itemsize])
-            )
-            for start, part in enumerate(bits.split(1 << 24)):
-                place = torch.arange(1, len(part) + 1, device=part.device) + (start << 24)
-                sums.append(
-                    torch.stack([part.sum(), (part * place).sum()])
-                )  # in int64, which wraps around alike everywhere
-        return hashlib.blake2b(torch.stack(sums).cpu().numpy().tobytes(), digest_size=8).hexdigest()
+        """Of every bit of what is trained: one policy of a run from another."""
+        return digest(self.trained().values())
 
     def merged(self) -> Any:
         """The Hugging Face model with what was trained in its plain weights. It is for export: nothing is trained after it. Where

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
+import signal
 import threading
 import time
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from prm_server import PRMServer
 from prm_world import TABLE, paths, save_classifier, save_tagged
 from rftt_lightning.core.contracts import Problem, Step, Unavailable, UserError
 from rftt_lightning.policy import remote
-from rftt_lightning.policy.prm import RemotePRM, StepClassifierPRM, StepTagPRM, relative
+from rftt_lightning.policy.prm import RemotePRM, StepClassifierPRM, StepTagPRM, Writer, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*calls are tried again")
 STYLES = ["tag", "separator", "functional"]
@@ -171,6 +179,22 @@ def test_texts_cannot_write_marks_of_their_own(style, prm):
     assert spelled == plain
 
 
+@pytest.mark.parametrize("question", ["cafe\u0301", "cafe", "cafe\u0301\u0301 ", "\u0301", "one \U0001f600\n", "", " "])
+def test_a_question_ends_at_its_last_token(question):
+    """A normaliser composes characters, of which only the first has a token then; one character may have many tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.add_tokens([AddedToken("<end>", normalized=False)])
+    read = Writer(fast, lambda text: text, "\n{text}<end>", ["<end>"])(
+        question, [Step("verify", "one"), Step("output", "e\u0301")]
+    )
+    first, *others = read.ends
+    assert read.tokens[: first + 1] == tuple(fast(question.rstrip())["input_ids"]) or not question.strip()
+    assert [read.tokens[i] for i in others] == [fast.convert_tokens_to_ids("<end>")] * 2
+
+
 def test_no_steps_and_no_paths(prm):
     assert prm("functional").score(None, []) == []
     assert prm("functional").score(None, [(Problem("", "one"), [])]) == [()]
@@ -297,3 +321,30 @@ def test_a_slow_server_times_out(served):
     server = served(delay=2.0)
     with pytest.raises(Unavailable, match=r"timeout: no answer within scorer\.timeout"):
         RemotePRM(server.url, timeout=0.3, patience=0.5).score(None, paths(1))
+
+
+def test_a_server_that_dribbles_times_out(served):
+    server = served(failures=["dribble"])
+    scorer = RemotePRM(server.url, timeout=1.0, patience=20)
+    assert scorer.score(None, paths(1)) and set(scorer._usage.failures) == {"timeout"}
+
+
+def test_nobody_waits_for_calls_under_way_after_ctrl_c(served):
+    server = served()
+    scorer = RemotePRM(server.url)
+    scorer.score(None, paths(1))
+    server.failures.append("dribble")
+    before = set(threading.enumerate())
+
+    def interrupt() -> None:
+        while server.failures:
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        scorer.score(None, paths(3, seed=1))
+    assert time.monotonic() - began < 1.5
+    started = set(threading.enumerate()) - before
+    assert started and all(thread.daemon for thread in started)  # the interpreter joins the others at its end

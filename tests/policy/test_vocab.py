@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import normalize
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AddedToken, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rftt_lightning.core.contracts import QUESTION, UserError
 from rftt_lightning.core.tokens import TokenTable
-from rftt_lightning.policy.hf import HFBackend
-from rftt_lightning.policy.vocab import Vocabulary, add_functional_tokens, check_round_trip, load
+from rftt_lightning.policy import hf
+from rftt_lightning.policy.hf import HFBackend, digest
+from rftt_lightning.policy.vocab import Vocabulary, _words, add_functional_tokens, check_round_trip, load
 from rftt_lightning.tiny.model import build_tokenizer
 
 TABLE = TokenTable.from_yaml()
@@ -80,6 +82,16 @@ def test_rows_start_apart_unless_asked_otherwise(tied):
     assert closest("description") < 0.97 and closest("random") < 0.97
 
 
+def test_a_description_is_read_in_the_order_of_its_words():
+    """However the interpreter hashes texts: float sums, and so the new rows, hang on the order."""
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    texts = [text for word in WORDS for text in (word, " " + word)]
+    expected = [i for text in texts for i in fast(text)["input_ids"]]
+    assert _words(fast, " ".join(WORDS), len(fast)) == expected
+
+
 def test_tags_survive_saving_and_the_chat_template(tmp_path):
     model, tokenizer = build(True, 0)
     ids = add_functional_tokens(model, tokenizer, TABLE)
@@ -123,17 +135,48 @@ def test_the_mask_is_the_grammar(spare):
     assert allowed(0) == ordinary
 
 
+def test_marks_make_a_token_special_and_no_segment_ends_the_turn():
+    """Llama 3 marks tokens special that it lists nowhere; what a generation config names as an end may be marked by nobody."""
+    tokenizer = build_tokenizer((*WORDS, "<0x0A>"), 20)
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in ("<|eom_id|>", "<|python_tag|>")])
+    tokenizer.add_tokens([AddedToken(name, special=False) for name in (*TABLE.tags, "own")])
+    known = tokenizer.get_vocab()
+    ends = {known["<|end|>"], known["<|eom_id|>"], known["wrong"]}
+    allowed_SV = Vocabulary(tokenizer, TABLE, len(tokenizer), sorted(ends)).allowed_SV
+    ordinary = {known[word] for word in (*WORDS, "\n", "<0x0A>", "own", *map(str, range(20)))} - ends
+    for i, name in enumerate(TABLE.names):
+        assert set(allowed_SV[1 + i].nonzero()[:, 0].tolist()) == ordinary | {known[f"</{name}>"]}
+    assert set(allowed_SV[0].nonzero()[:, 0].tolist()) == ordinary | ends
+
+
 def test_two_trainings_in_one_folder_have_two_names(tmp_path):
     model, tokenizer = build(True, 0)
     tokenizer.save_pretrained(tmp_path)
-    names = []
+    embeddings, names = model.get_input_embeddings().weight, []
     for shift in (0.0, 0.0, 1e-3):
         with torch.no_grad():
-            model.model.norm.weight += shift
+            embeddings[-1, -1] += shift  # no more than the row of a functional token
         model.save_pretrained(tmp_path)
         names.append(HFBackend(str(tmp_path), dtype="float32", device="cpu").name)
     assert names[0] == names[1] != names[2]
     assert HFBackend(str(tmp_path), dtype="float64", device="cpu").name != names[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.uint8])
+def test_a_digest_sees_every_number_and_its_place(dtype, monkeypatch):
+    """Whatever the chunks: tensors end within one, at its end, and in words of eight bytes or not."""
+    monkeypatch.setattr(hf, "CHUNK", 16)
+    tensors = [torch.arange(1, 1 + size).to(dtype) for size in (1, 7, 32)]
+    seen = {digest(tensors)}
+    for tensor in tensors:
+        for i in range(len(tensor)):
+            kept = tensor[i].clone()
+            tensor[i] += 1
+            seen.add(digest(tensors))
+            tensor[i] = kept
+        seen.add(digest([t.flip(0) if t is tensor else t for t in tensors]))
+    assert len(seen) == 1 + 40 + 2  # a single number is its own reverse
+    assert digest(tensors) in seen and digest([t.clone() for t in tensors]) == digest(tensors)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from rftt_lightning.core.contracts import (
     Completion,
     Problem,
     ProblemSource,
+    Sampling,
     Score,
     Segment,
     Status,
@@ -24,18 +25,19 @@ PROBLEM = Problem("p", "what is 2 + 2 - 1?", answer="3")
 
 
 class Says(Backend):
-    """Answers every verify prompt with one text, and keeps the prompts."""
+    """Answers every verify prompt with one text, and keeps the prompts and requests."""
 
     tokens = TokenTable.from_yaml()
 
     def __init__(self, text: str, closed: bool = True) -> None:
-        self.text, self.closed, self.chats = text, closed, []
+        self.text, self.closed, self.chats, self.requests = text, closed, [], []
 
     def chat(self, messages):
         self.chats.append(tuple(messages))
         return (len(self.chats),)
 
     def generate(self, requests):
+        self.requests += requests
         segment = Segment("verify", (1,), (0.0,), (0,), self.text, self.closed)
         return [Completion((segment,)) for _ in requests]
 
@@ -213,6 +215,17 @@ def test_only_a_path_known_to_be_wrong_is_merged(status):
 def test_a_verify_text_that_does_not_agree_is_rejected_and_counted(text, closed, reason):
     made, report = run(curator(), Says(text, closed), tree_of((RIGHT, "3", []), (WRONG, "5", [])))
     assert [t.kind for t in made] == ["plain"] and report.rejected == {reason: 1}
+
+
+@pytest.mark.parametrize("cap, most", [(512, 1024), (24, 30), (24, 12)])
+def test_only_max_tokens_cuts_a_verify_text(cap, most):
+    backend = Says("bad")
+    made_by = curator(verify_share=1.0, sampling=Sampling(0.7, max_segment_tokens=cap), max_tokens=most)
+    run(made_by, backend, tree_of((RIGHT, "3", []), (WRONG, "5", [])))
+    assert backend.requests
+    for request in backend.requests:
+        assert min(request.max_tokens, request.sampling.max_segment_tokens) == most
+        assert request.sampling.temperature == 0.7
 
 
 def test_final_checks_stand_before_the_output_or_are_left_out():

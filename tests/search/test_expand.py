@@ -373,6 +373,15 @@ def test_chain_of_thought_is_one_plain_segment(prompts):
             assert tree.tokens(rollout.nodes[-1]) == tree.prompt + segment.tokens
 
 
+@pytest.mark.parametrize("cap", [3, 512])
+def test_only_max_tokens_cuts_a_chain_of_thought(prompts, cap):
+    expander = ChainOfThought(prompts=prompts, sampling=Sampling(max_segment_tokens=cap), max_tokens=7)
+    expander.table = TABLE
+    for tree in trees(expander, ScriptedBackend(TABLE, stop=0.0)):
+        [rollout] = tree.rollouts()
+        assert rollout.length == 7 and not rollout.complete
+
+
 @pytest.mark.parametrize(
     "make, says",
     [
