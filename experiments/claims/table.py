@@ -182,6 +182,11 @@ class Sweep:
             found[tree.problem.id] = bool(winner and winner.score and winner.score.verdict.right)
         return found
 
+    def majority(self, arm: str) -> dict[str, list[float]]:
+        """Accuracy of the majority vote by the number of rollouts, each seed's."""
+        found = [json.loads((self.folder(seed, arm) / "results.json").read_text())["rollouts"] for seed in self.seeds]
+        return {n: [rows[n]["majority"]["accuracy"] for rows in found] for n in found[0]}
+
     def greedy(self, seed: Path, arm: str) -> list[Rollout]:
         return [tree.rollouts()[0] for tree in read_trees(self.folder(seed, arm) / "greedy")]
 
@@ -263,7 +268,13 @@ def report(sweep: Sweep, source: ProblemSource) -> tuple[str, dict[str, Any]]:
         steps = [f"{key.removesuffix(' right')} {per_cent(v)}" for key, v in means.items() if key.endswith(" right")]
         cells = [f"{means[key]:.1f}" if key in COUNTS else per_cent(means[key]) for key in columns]
         arms.append([arm, ", ".join(map(per_cent, accuracy)), *cells, ", ".join(steps)])
-    return f"{lines(rows)}\n\n{lines(arms)}\n", data
+    data["majority"] = {arm: sweep.majority(arm) for arm in sorted(known) if sweep.ran(f"{arm}/majority/1")}
+    tables = [rows, arms]
+    if data["majority"]:
+        tables.append([["majority of n rollouts", *next(iter(data["majority"].values()))]])
+        for arm, by_n in data["majority"].items():
+            tables[-1].append([arm, *(", ".join(map(per_cent, accuracies)) for accuracies in by_n.values())])
+    return "\n\n".join(map(lines, tables)) + "\n", data
 
 
 def cost(out: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,23 @@ def test_the_table_pairs_arms_by_problem_and_leaves_out_what_was_not_run(tmp_pat
     assert data["cost"]["minutes of runs"] == 2.0 and data["cost"]["longest"] == "seed-0/evaluate_rl"
     assert "minutes of the longest 2" in lines[-2]
     assert (tmp_path / "claims.md").read_text().startswith("| claim |")
+    assert data["majority"] == {}
+
+
+def test_votes_are_tabled_by_the_number_of_rollouts(tmp_path):
+    for seed in (0, 1):
+        folder = tmp_path / f"seed-{seed}" / "evaluate_rl"
+        evaluated(folder, [True] * 4)
+        shutil.copytree(folder / "greedy", folder / "search")
+        rows = {n: {"majority": {"accuracy": share + seed / 10}} for n, share in (("1", 0.5), ("16", 0.75))}
+        (folder / "results.json").write_text(json.dumps({"rollouts": rows}))
+    text, data = table.report(table.Sweep(tmp_path), Countdown())
+    assert data["majority"] == {"rl": {"1": [0.5, 0.6], "16": [0.75, 0.85]}}
+    assert text.splitlines()[-3:] == [
+        "| majority of n rollouts | 1 | 16 |",
+        "| --- | --- | --- |",
+        "| rl | 50.0, 60.0 | 75.0, 85.0 |",
+    ]
 
 
 @pytest.mark.parametrize("checks, asked", [(3, True), (2, False)])
