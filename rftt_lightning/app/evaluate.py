@@ -18,13 +18,13 @@ from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.core.tree import Tree
 from rftt_lightning.search.expand import Expander
-from rftt_lightning.search.vote import Accuracy, answer_of, best, scores, vote
+from rftt_lightning.search.vote import Accuracy, answer_of, best, vote, worth
 from rftt_lightning.training import measures
 from rftt_lightning.training.metrics import AnswerAccuracy
 
 VOTES: dict[str, Callable[[Sequence[Rollout], Mapping[str, str]], Rollout | None]] = {
     "majority": vote,
-    "weighted": lambda rollouts, same: vote(rollouts, same, scores(rollouts)),
+    "weighted": lambda rollouts, same: vote(rollouts, same, worth),
     "best": lambda rollouts, same: best(rollouts),
 }
 """From rollouts, and which answers are the same, to one of them."""

@@ -115,7 +115,8 @@ class ProcessReward(Reward):
         last_weight: of the score of a path's last segment, where it differs (the released code: 0.4, the others 1); None is
             ``weight``.
         value: what search backs up: ``"outcome"``, 1 or 0 for the answer; or the ``mean``, ``min``, ``last`` or ``product`` of the
-            step scores (0 for an incomplete path or one without scores), with which a PRM steers and chooses at inference.
+            step scores (0 for an incomplete path or one without scores), with which a PRM steers search at inference and
+            chooses its answer (``best`` and ``weighted`` of ``rftt evaluate``).
         tokens: functional-token table; None is the paper's.
     """
 
@@ -201,8 +202,12 @@ def turns(rollout: Rollout) -> list[tuple[str, int]]:
 
 
 class Blend(Reward):
-    """Weighted sum of rewards: an outcome, a process reward (the released code: 0.6 and 0.4) and ``others``, which bring
-    weights of their own. Search backs up the outcome's value, the verdict is the outcome's. Each answer is judged once."""
+    """Weighted sum of rewards: an outcome, a process reward and ``others``, which bring weights of their own. Search backs up the
+    outcome's value, the verdict is the outcome's. Each answer is judged once.
+
+    The released code has 0.6 and 0.4 on the last segment alone, and each other's score as it is: ``process_weight`` 1, the
+    process's ``last_weight`` 0.4 and ``center`` 0, the outcome's ``wrong`` 0.
+    """
 
     def __init__(
         self,

@@ -66,7 +66,9 @@ class Draft:
 
 
 class Curator:
-    """Settings of curation.
+    """Settings of curation. Which path is best and which are worst say the mean step scores of the search's reward, which in the
+    paper are a PRM's. Where it gives none the nodes' mean values stand in, which favour long paths among the correct ones and early
+    forks among the wrong ones; for a PRM, search with ``ProcessReward`` and its ``value: outcome``.
 
     Args:
         prompts: folder with the functional prompts; ``verify.txt`` may contain ``{correct_steps}``.
@@ -79,7 +81,7 @@ class Curator:
             from 1 on, is drawn for each (the paper: 1).
         verify_share: share of the documents in which the model also verifies the correct end before the output.
         preparing: tags that prepare a step without taking one; refine begins at the first step after the fork that is none
-            and that the wrong branch did not take as well.
+            and that the wrong branch did not take as well (the paper: at the first one; with none here it is that).
         affirms, denies: regular expressions that tell what a verify text says; exactly one must be found.
         train_wrong_branch: False keeps the wrong steps in the context and out of the loss.
         sampling: how verify texts are drawn; max_tokens caps one, whatever the sampling says of segments.

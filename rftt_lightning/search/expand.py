@@ -176,8 +176,8 @@ class PromptExpander(Expander):
         tokens: functional-token table (YAML) whose ``prompted`` part says who may follow whom; None is the paper's.
         rollouts: rollouts a problem.
         samples: children of a node per action, ``once`` lists the actions that get only one.
-        final: regular expression; a step whose text it finds has reached the answer and ends its path, whatever its action;
-            null: only terminal actions end a path.
+        final: regular expression; a step that may be followed by the output and whose text it finds has reached the answer and
+            ends its path; null: only terminal actions end one (the paper's rule).
         sampling: how contents are drawn.
         max_depth: segments of a path; max_tokens: tokens of its contents. A path that spends them is dead, value 0.
         c: exploration weight; rule: ``"uct"`` (the paper's, unvisited children first) or ``"puct"`` (priors weigh in).
@@ -226,12 +226,17 @@ class PromptExpander(Expander):
         segment = completion.segments[0]
         tree.fill(node, segment)
         path = tree.path_segments(node)
-        terminal = not self.table.prompted.get(segment.tag) or bool(self.final.search(segment.text))
+        terminal = not self.table.prompted.get(segment.tag) or self._final(segment)
         spent = len(path) >= self.max_depth or sum(len(s.tokens) for s in path) >= self.max_tokens
         if terminal or spent or not segment.closed:
             tree.end(node, complete=terminal and segment.closed)
             return node, None
         return node, self._plan(tree, node, random.Random(seed))[0]
+
+    def _final(self, segment: Segment) -> bool:
+        """Could an output follow that states the answer? A subquestion, say, may spell one without having come to it."""
+        ends = any(map(self.table.terminal, self.table.legal(segment.tag)))
+        return ends and bool(self.final.search(segment.text))
 
     def _plan(self, tree: Tree, node: int, rng: random.Random) -> list[int]:
         tags = self.table.prompted[tree.tag(node)]

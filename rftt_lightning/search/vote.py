@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from scipy.stats import binomtest
@@ -33,13 +33,10 @@ class Accuracy:
         return f"{100 * self.accuracy:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
-def scores(rollouts: Sequence[Rollout]) -> list[float]:
-    """The mean step score of each path if a process reward scored any of them, 0 for those that it did not; else the policy's own
-    confidence in each. The two are no numbers to compare."""
-    steps = [[s for s in r.score.steps if s is not None] if r.score and r.complete else [] for r in rollouts]
-    if any(steps):
-        return [sum(some) / len(some) if some else 0.0 for some in steps]
-    return [rollout.confidence for rollout in rollouts]
+def worth(rollout: Rollout) -> float:
+    """What search backed up of a path, in [0, 1]: the policy's confidence, or what a process reward makes of its step scores; 0 for
+    a path that is not complete."""
+    return rollout.score.value if rollout.score and rollout.complete else 0.0
 
 
 def answer_of(rollout: Rollout) -> str | None:
@@ -48,25 +45,25 @@ def answer_of(rollout: Rollout) -> str | None:
 
 
 def vote(
-    rollouts: Sequence[Rollout], same: Mapping[str, str] = {}, weights: Sequence[float] | None = None
+    rollouts: Sequence[Rollout], same: Mapping[str, str] = {}, weight: Callable[[Rollout], float] = lambda rollout: 1.0
 ) -> Rollout | None:
     """The first rollout of the answer with the greatest total weight (ties: the earliest answer); None if none answers.
 
-    ``vote(rollouts, same)`` is majority voting, ``vote(rollouts, same, scores(rollouts))`` the reward-weighted vote (arXiv
-    2203.11171). ``same`` maps answers to the one that they are counted as, see :meth:`ProblemSource.same`; any other is its own.
+    ``vote(rollouts, same)`` is majority voting, ``vote(rollouts, same, worth)`` the reward-weighted vote (arXiv 2203.11171).
+    ``same`` maps answers to the one that they are counted as, see :meth:`ProblemSource.same`; any other is its own.
     """
     totals: dict[str, float] = defaultdict(float)
     first: dict[str, Rollout] = {}
-    for rollout, weight in zip(rollouts, weights or [1.0] * len(rollouts), strict=True):
+    for rollout in rollouts:
         answer = answer_of(rollout)
         if answer is not None:
             answer = same.get(answer, answer)
-            totals[answer] += weight
+            totals[answer] += weight(rollout)
             first.setdefault(answer, rollout)
     return first[max(totals, key=totals.__getitem__)] if totals else None
 
 
 def best(rollouts: Sequence[Rollout]) -> Rollout | None:
-    """Best of n: the rollout with an answer and the highest of :func:`scores`."""
-    answered = [(score, r) for score, r in zip(scores(rollouts), rollouts, strict=True) if answer_of(r) is not None]
-    return max(answered, key=lambda pair: pair[0])[1] if answered else None
+    """Best of n: the rollout with an answer that is :func:`worth` most."""
+    answered = [r for r in rollouts if answer_of(r) is not None]
+    return max(answered, key=worth) if answered else None

@@ -155,8 +155,9 @@ class RLModule(lightning.LightningModule):
     * ``return``: G as it is. With rewards of 1 and 0 at the answer and no KL the loss is that of SFT on the right rollouts alone:
       on-policy rejection sampling (RAFT, arXiv 2304.06767; its clipped form is RAFT++ of arXiv 2504.11343).
     * ``reinforce++``: G, whitened over the tokens of the global batch (arXiv 2501.03262, eq. 8).
-    * ``reinforce++-baseline``: the problem's mean reward is first taken off the last token, then G is only scaled. The mean leaves
-      a KL penalty out. The paper's own has a k2 loss beside the policy's: ``kl: k2, kl_in: loss``.
+    * ``reinforce++-baseline``: the problem's mean reward is first taken off the last token, then G is only scaled (OpenRLHF also
+      subtracts the mean over tokens, which is not 0 where right and wrong rollouts differ in length). The problem's mean leaves a
+      KL penalty out. The paper's own has a k2 loss beside the policy's: ``kl: k2, kl_in: loss``.
     * ``grpo``: (R - mean) / std among the problem's rollouts (arXiv 2402.03300, sec. 4.1.2; its KL is ``kl: k3, kl_in: loss``, its
       mean ``aggregation: sequence``). ``dr.grpo``: R - mean (arXiv 2503.20783, whose mean is ``aggregation: constant``).
       ``rloo``: R minus the mean of the OTHER rollouts (arXiv 2402.14740).

@@ -1,5 +1,4 @@
 import json
-import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -9,19 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rftt_lightning.core.contracts import Problem, Rollout, Score, Segment, Status, Verdict
+from rftt_lightning.policy.rewards import ProcessReward, StepScorer
 from rftt_lightning.search.problems import JsonlProblems
-from rftt_lightning.search.vote import Accuracy, answer_of, best, scores, vote
+from rftt_lightning.search.vote import Accuracy, answer_of, best, vote, worth
+from scripted import ScriptedSource
 
 
-def rollout(answer, logprob=-0.5, steps=(), complete=True):
-    segment = Segment("output", (1, 2), (logprob, logprob), (0, 0), answer or "", complete)
+def rollout(answer, value=0.5, complete=True):
+    segment = Segment("output", (1, 2), (-0.5, -0.5), (0, 0), answer or "", complete)
     status = Status.WRONG if answer else Status.NO_ANSWER
     return Rollout(
         Problem("p", "?"),
         (),
         (segment,),
         complete,
-        score=Score(Verdict(status, answer), 0.0, (0.0,), steps),
+        score=Score(Verdict(status, answer), value, (0.0,)),
     )
 
 
@@ -34,9 +35,9 @@ def test_majority_is_the_most_common_answer_the_earliest_of_equals(answers):
 
 
 def test_weights_decide_against_numbers():
-    rollouts = [rollout("1", steps=(0.1,)), rollout("1", steps=(0.2,)), rollout("2", steps=(0.9,))]
+    rollouts = [rollout("1", 0.1), rollout("1", 0.2), rollout("2", 0.9)]
     assert answer_of(vote(rollouts)) == "1"
-    assert answer_of(vote(rollouts, {}, scores(rollouts))) == answer_of(best(rollouts)) == "2"
+    assert answer_of(vote(rollouts, {}, worth)) == answer_of(best(rollouts)) == "2"
 
 
 def test_answers_that_are_the_same_vote_together():
@@ -65,12 +66,20 @@ def test_the_majority_does_not_hang_on_the_gold_answer_nor_on_spelling(tmp_path,
     assert len(set(same.values())) == 2
 
 
-def test_paths_are_scored_by_their_steps_or_else_all_by_the_policys_confidence():
-    sure, unsure = rollout("1", logprob=-0.1), rollout("1", logprob=-0.5)
-    assert scores([sure, unsure]) == pytest.approx([math.exp(-0.1), math.exp(-0.5)])
-    scored, cut = rollout("2", steps=(0.25, None, 0.75)), rollout("2", steps=(0.9,), complete=False)
-    assert scores([sure, scored, rollout("3", steps=(None,)), cut]) == [0, 0.5, 0, 0]
-    assert best([sure, scored]) is vote([sure, scored], {}, scores([sure, scored])) is scored
+@pytest.mark.parametrize("value", ["mean", "min", "last", "product"])
+def test_a_path_is_worth_what_search_backed_up(value):
+    """A process reward steers the search and chooses its answer by the same number; what it could not score is worth nothing."""
+
+    class Scores(StepScorer):
+        def score(self, source, paths):
+            return [tuple(float(x) if x else None for x in steps[0].text.split("/")) for _, steps in paths]
+
+    source, reward = ScriptedSource(), ProcessReward(scorer=Scores(), value=value)
+    paths = [replace(rollout(text), score=None) for text in (".9", ".6", "", ".99")]
+    paths[3] = replace(paths[3], complete=False)
+    scored = [replace(r, score=s) for r, s in zip(paths, reward.score(source, paths), strict=True)]
+    assert [worth(r) for r in scored] == [0.9, 0.6, 0.0, 0.0] and best(scored) is scored[0]
+    assert worth(replace(scored[0], score=None)) == 0.0
 
 
 def test_without_answers_nobody_wins():
