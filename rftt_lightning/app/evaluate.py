@@ -13,7 +13,7 @@ from rich.table import Table
 
 from rftt_lightning.app.command import paper, run_command
 from rftt_lightning.app.search import harvest
-from rftt_lightning.core.contracts import Backend, ProblemSource, Reward, Rollout, UserError
+from rftt_lightning.core.contracts import Backend, ProblemSource, Reward, Rollout, Status, UserError
 from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.core.tree import Tree
@@ -157,19 +157,21 @@ def _repairs(
 def _n_rollouts(trees: Sequence[Tree], same: Sequence[Mapping[str, str]], n: int, seconds: float) -> dict[str, Any]:
     """Accuracies by the first ``n`` rollouts; ``same`` tells which answers of a tree are counted as one. A tree that was spent
     earlier counts with the rollouts it has. Tokens are those newly written; seconds are the search's, shared out by tokens."""
-    chosen = dict.fromkeys((*VOTES, "any"), 0)
+    chosen, verdicts = dict.fromkeys((*VOTES, "any"), 0), Counter[Status]()
     for tree, equal in zip(trees, same, strict=True):
         first = tree.rollouts()[:n]
         for name, choose in VOTES.items():
             winner = choose(first, equal)
             chosen[name] += bool(winner and winner.score and winner.score.verdict.right)
         chosen["any"] += any(r.score.verdict.right for r in first if r.score)
+        verdicts.update(r.score.verdict.status for r in first if r.score)
     tokens, everything = (
         sum(_written(tree, n) for tree in trees),
         sum(_written(tree, len(tree.leaves)) for tree in trees),
     )
     return {
         **{name: Accuracy.of(right, len(trees)).to_json() for name, right in chosen.items()},
+        "verdicts": {status.value: verdicts[status] for status in Status},
         "tokens_per_problem": tokens / len(trees),
         "seconds_per_problem": seconds * tokens / max(everything, 1) / len(trees),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,7 +47,12 @@ class MathProblems(ProblemSource):
 
     @cached_property
     def _problems(self) -> list[Problem]:
-        found = deduplicate(self._read(place, row, number) for number, (place, row) in enumerate(self.rows()))
+        read = [self._read(place, row, number) for number, (place, row) in enumerate(self.rows())]
+        found = deduplicate(read)
+        if repeated := len(read) - len(found):
+            warnings.warn(
+                f"{self.name}: {repeated} of {len(read)} problems repeat a question and are left out", stacklevel=2
+            )
         if self.shuffle_seed is not None:
             random.Random(self.shuffle_seed).shuffle(found)
         chosen = found[self.start :][: self.limit]
@@ -357,8 +363,13 @@ def read_hub(name: str, subset: str | None, split: str) -> Iterator[tuple[str, R
 
 
 def normalise(question: str) -> tuple[str, ...]:
-    """Words and numbers in lower case: what is compared. LaTeX commands count as words, punctuation as nothing."""
-    return tuple(re.findall(r"[^\W_]+|[+*/=<>^-]", question.lower()))
+    """Words, numbers and signs in lower case: what is compared. LaTeX commands count as words; the punctuation of sentences,
+    dollars, braces and thousands separators as nothing."""
+    return tuple(_WORD.findall(_THOUSANDS.sub("", question.lower())))
+
+
+_WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+|(?<=[\w)])!|[^\w\s!.,;:?\"'`$\\{}~&]")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 def deduplicate(problems: Iterable[Problem]) -> list[Problem]:

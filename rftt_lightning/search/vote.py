@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from scipy.stats import binomtest
 
-from rftt_lightning.core.contracts import Rollout
+from rftt_lightning.core.contracts import Rollout, Status
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ def answer_of(rollout: Rollout) -> str | None:
 def vote(
     rollouts: Sequence[Rollout], same: Mapping[str, str] = {}, weight: Callable[[Rollout], float] = lambda rollout: 1.0
 ) -> Rollout | None:
-    """The first rollout of the answer with the greatest total weight (ties: the earliest answer); None if none answers.
+    """The first rollout of the answer with the greatest total weight (ties: the earliest answer), the first whose verdict came in
+    time if there is one; None if none answers.
 
     ``vote(rollouts, same)`` is majority voting, ``vote(rollouts, same, worth)`` the reward-weighted vote (arXiv 2203.11171).
     ``same`` maps answers to the one that they are counted as, see :meth:`ProblemSource.same`; any other is its own.
@@ -59,8 +60,13 @@ def vote(
         if answer is not None:
             answer = same.get(answer, answer)
             totals[answer] += weight(rollout)
-            first.setdefault(answer, rollout)
+            if answer not in first or _late(first[answer]) > _late(rollout):
+                first[answer] = rollout
     return first[max(totals, key=totals.__getitem__)] if totals else None
+
+
+def _late(rollout: Rollout) -> bool:
+    return rollout.score is not None and rollout.score.verdict.status is Status.TIMED_OUT
 
 
 def best(rollouts: Sequence[Rollout]) -> Rollout | None:

@@ -133,6 +133,8 @@ def test_every_figure_is_what_counting_gives(config, tmp_path, capsys):
     rows = results["rollouts"]
     assert rows["1"]["majority"]["accuracy"] == rows["1"]["any"]["accuracy"] == 0.5
     assert rows["4"]["any"]["accuracy"] == 1.0
+    assert rows["1"]["verdicts"] == greedy["verdicts"] and sum(rows["4"]["verdicts"].values()) == 16
+    assert (rows["4"]["verdicts"]["right"], rows["4"]["verdicts"]["no_answer"]) == (8, 1)
     # majority of four: a 2:2 is won by the answer that came first, b 3:1 right, c 2 w against v and r, d 2 r of three answers
     assert rows["4"]["majority"]["accuracy"] == 0.75
     said = capsys.readouterr().out

@@ -237,6 +237,40 @@ def test_overlap_is_fast():
     assert time.monotonic() - began < 15
 
 
+ARITHMETIC = [
+    "(2+3)*4",
+    "2+3*4",
+    "3.5",
+    "3 5",
+    "35",
+    "6 × 3",
+    "6 ÷ 3",
+    "6 − 3",
+    "6 - 3",
+    "x ≤ 3",
+    "x ≥ 3",
+    "5!",
+    "5",
+    "√16",
+    "16",
+]
+ARITHMETIC += ["a-(b-c)", "a-b-c", "50%", "50", "|x|", "x", "1,2", "1.2", "12", "(1,3)", "[1,3]"]
+
+
+def test_questions_that_differ_in_a_sign_are_different_problems():
+    problems = [Problem(str(i), f"What is {text}?", "") for i, text in enumerate(ARITHMETIC)]
+    assert deduplicate(problems) == problems
+
+
+@pytest.mark.parametrize(
+    "again", ["what is  $\\frac{1}{2}$ of 1000", "What is \\frac{1}{2} of 1,000?", '"What is $\\frac{1}{2}$ of 1000."']
+)
+def test_the_same_question_in_another_dress_is_left_out_and_counted(tmp_path, again):
+    rows = [{"question": text, "answer": "500"} for text in ("What is $\\frac{1}{2}$ of 1,000?", again, "What is 2?")]
+    with pytest.warns(UserWarning, match="1 of 3 problems repeat a question"):
+        assert [p.id for p in JsonlProblems(write(tmp_path / "p.jsonl", rows)).problems()] == ["p/0", "p/2"]
+
+
 def test_repeated_ids_become_unique():
     assert len({p.id for p in deduplicate([Problem("a", "x"), Problem("a", "y"), Problem("a", "x")])}) == 2
 

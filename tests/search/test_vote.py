@@ -46,6 +46,13 @@ def test_answers_that_are_the_same_vote_together():
     assert vote(rollouts, {"1/2": "0.5"}) is rollouts[1]
 
 
+def test_a_verdict_that_timed_out_does_not_speak_for_the_same_answer_in_time():
+    known = rollout("1/2")
+    late = replace(rollout("0.5"), score=Score(Verdict(Status.TIMED_OUT, "0.5"), 0.5, (0.0,)))
+    assert vote([late, known, rollout("0.5"), rollout("7")], {"1/2": "0.5"}) is known
+    assert vote([late, rollout("7"), late]) is late
+
+
 def judged(answers, gold, tmp_path):
     """Rollouts with these answers as the maths judge has them, and which of them are the same."""
     (tmp_path / "p.jsonl").write_text(json.dumps({"question": "?", "answer": gold}) + "\n")
