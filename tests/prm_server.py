@@ -18,7 +18,8 @@ from rftt_lightning.app.prm_server import create_app
 
 class PRMServer:
     """Runs from its making until :meth:`stop`. The first calls of /score meet ``failures`` (a status, or what is wrong with the
-    answer; "dribble" sends a blank every tenth of a second for two seconds); ``sizes`` holds the number of paths of each one that was answered; every call takes ``delay`` seconds."""
+    answer; "dribble" sends a blank every tenth of a second for five seconds); ``sizes`` holds the number of paths of each one that
+    was answered; every call takes ``delay`` seconds."""
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class PRMServer:
         status = kind if isinstance(kind, int) else 200
         headers = [(b"content-type", b"application/json")]
         await send({"type": "http.response.start", "status": status, "headers": headers})
-        for _ in range(20 if kind == "dribble" else 0):
+        for _ in range(50 if kind == "dribble" else 0):
             await send({"type": "http.response.body", "body": b" ", "more_body": True})
             await asyncio.sleep(0.1)
         await send({"type": "http.response.body", "body": bodies.get(str(kind), b"")})

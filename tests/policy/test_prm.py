@@ -345,6 +345,6 @@ def test_nobody_waits_for_calls_under_way_after_ctrl_c(served):
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         scorer.score(None, paths(3, seed=1))
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 4
     started = set(threading.enumerate()) - before
     assert started and all(thread.daemon for thread in started)  # the interpreter joins the others at its end

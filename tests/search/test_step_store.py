@@ -92,7 +92,14 @@ def test_tidying_leaves_the_other_processes_alone(tmp_path):
 
 @pytest.mark.parametrize(
     "more, left",
-    [({}, [0, 1]), ({"steps": 1}, [0]), ({"anew": True}, []), ({"settings": {"seed": 1}}, [])],
+    [
+        ({}, [0, 1]),
+        ({"steps": 1}, [0]),
+        ({"steps": 0}, []),
+        ({"settings": {"seed": 1}}, []),
+        ({"settings": {"seed": 1}, "done": 1}, [0]),
+        ({"done": 1}, [0, 1]),
+    ],
 )
 def test_what_is_not_of_this_run_goes(tmp_path, more, left):
     made = store(tmp_path)
