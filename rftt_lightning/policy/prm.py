@@ -30,6 +30,7 @@ from rftt_lightning.policy.hf import fingerprint
 from rftt_lightning.policy.logprobs import check_parts, parts
 from rftt_lightning.policy.remote import Failure, Server, in_threads
 from rftt_lightning.policy.rewards import StepPath, StepScorer
+from rftt_lightning.policy.tokenized import DATE
 from rftt_lightning.policy.vocab import load
 
 Scores = tuple[float | None, ...]
@@ -103,7 +104,7 @@ def chat(tokenizer: PreTrainedTokenizerBase, system: str | None) -> Callable[[st
 
     def prompt(question: str) -> str:
         turns = [*first, {"role": "user", "content": question}]
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, date_string=DATE)
 
     return prompt
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +22,10 @@ from rftt_lightning.core.contracts import (
 from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.policy.vocab import NOTHING, Vocabulary
+
+DATE = "26 Jul 2024"
+"""What chat templates that print a date are given for ``date_string``, so that prompts are the same on every day: what Llama 3.1's
+prints if it is given none (those of 3.2 and 3.3 print today's then). Templates that do not ask for it are as they were."""
 
 
 def read_table(tokens: str | None, mask: Sequence[str]) -> TokenTable:
@@ -57,22 +61,12 @@ class TokenizedBackend(Backend):
         taught = any(tag in known for tag in table.tags)  # a base model writes free text only
         self.tokenizer, self.tokens, self.ends, self.limit, self.batch_size = tokenizer, table, ends, limit, batch_size
         self.vocabulary = Vocabulary(tokenizer, table if taught else NOTHING, width, ends)
-        self._chat = lru_cache(maxsize=1 << 10)(self._template)
-        self._text = lru_cache(maxsize=1 << 12)(self._detokenize)  # short contents recur
+        # Of the tokenizer, not of self: in a cycle a GPU's memory would wait for the garbage collector.
+        self._chat = lru_cache(maxsize=1 << 10)(partial(chat_ids, tokenizer))
+        self._text = lru_cache(maxsize=1 << 12)(partial(_detokenize, tokenizer))  # short contents recur
 
     def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
         return self._chat(tuple(messages))
-
-    def _template(self, messages: tuple[Message, ...]) -> tuple[int, ...]:
-        turns = [message._asdict() for message in messages]
-        try:
-            ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        except (ValueError, TemplateError) as error:
-            raise UserError(
-                f"the tokenizer's chat template does not take these messages ({' '.join(str(error).split())[:200]}); "
-                "use an instruct model, or set its chat_template"
-            ) from error
-        return tuple(ids)
 
     def check(self, request: Request) -> None:
         """Raise :class:`UserError` if the model cannot answer it."""
@@ -118,5 +112,20 @@ class TokenizedBackend(Backend):
     def text(self, tokens: Sequence[int]) -> str:
         return self._text(tuple(tokens))
 
-    def _detokenize(self, tokens: tuple[int, ...]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[int, ...]:
+    """Ids of the chat-templated messages, up to where the assistant begins; the date is :data:`DATE`. Raises :class:`UserError` if
+    the template does not take them."""
+    turns = [message._asdict() for message in messages]
+    try:
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, date_string=DATE)
+    except (ValueError, TemplateError) as error:
+        raise UserError(
+            f"the tokenizer's chat template does not take these messages ({' '.join(str(error).split())[:200]}); "
+            "use an instruct model, or set its chat_template"
+        ) from error
+    return tuple(ids)
+
+
+def _detokenize(tokenizer: PreTrainedTokenizerBase, tokens: tuple[int, ...]) -> str:
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

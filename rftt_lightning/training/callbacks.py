@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedModel
 
 from rftt_lightning.core.contracts import QUESTION, Message, Problem, Request, Sampling, Step, UserError
 from rftt_lightning.core.tokens import TokenTable
@@ -59,7 +62,7 @@ class Samples(Callback):
 
     def answer(self, module: LightningModule, problems: Sequence[Problem]) -> list[tuple[Problem, list[Step]]]:
         """Each problem with the answer to it; those that leave the model no room are left out."""
-        backend = HFBackend.live(module.model, module.tokenizer, module.table)
+        backend = HFBackend.live(module.model, module.tokenizer, module.table, cache_gb=0.0)  # none is read twice
         prompts = [backend.chat([Message("user", problem.question)]) for problem in problems]
         rooms = [min(self.max_tokens, backend.limit - len(prompt)) for prompt in prompts]
         requests = {
@@ -97,36 +100,39 @@ class ExportHF(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A finished run that goes on is not trained any more, though it may have been killed before its export."""
-        if self.trained:
-            return
-        if not any(isinstance(weight, DTensor) for weight in pl_module.parameters()):
+        if not self.trained:
             self.on_train_end(trainer, pl_module)
-        elif not self._target(trainer).exists():  # the devices' weights are gone by now
-            raise UserError(
-                "this finished run was not exported, and its weights are sharded; use an earlier --ckpt_path"
-            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        weights = self._whole(trainer, pl_module.model.all_tied_weights_keys)
+        model, folder = pl_module.model, self._target(trainer)
+        weights = self._whole(model, trainer.is_global_zero)
         if not trainer.is_global_zero:
             return
-        folder = self._target(trainer)
-        pl_module.model.save_pretrained(folder, state_dict=weights)
-        pl_module.tokenizer.save_pretrained(folder)
+        part = folder.absolute().with_name(f"{folder.name}.part")  # the folder gets whole files only, and keeps others
+        shutil.rmtree(part, ignore_errors=True)
+        model.save_pretrained(part, state_dict=weights)
+        if self.dtype:  # save_pretrained takes it from the live weights
+            model.config.dtype = self.dtype
+            model.config.save_pretrained(part)
+        pl_module.tokenizer.save_pretrained(part)
+        for old in folder.glob("model*.safetensors*"):  # one file of an earlier export would go before several new ones
+            old.unlink()
+        shutil.copytree(part, folder, copy_function=os.replace, dirs_exist_ok=True)
+        shutil.rmtree(part)
         print(f"model: {folder}")
 
-    def _whole(self, trainer: Trainer, tied: Container[str]) -> dict[str, Tensor]:
-        """The model's weights, gathered tensor by tensor where they are sharded (all ranks take part), on the CPU of rank 0.
-        Those ``tied`` to others are left out: sharding hides that they are the same."""
+    def _whole(self, model: PreTrainedModel, keep: bool) -> dict[str, Tensor]:
+        """The model's weights on the CPU if they are to be kept, gathered tensor by tensor where they are sharded (all ranks take
+        part). Those tied to others are left out: sharding hides that they are the same."""
         weights = {}
-        for name, weight in trainer.strategy.lightning_module_state_dict().items():
-            short = name.removeprefix("model.")
-            if short == name or short in tied:
+        # Not those that the strategy gives: their shards lie on the CPU, where NCCL gathers none.
+        for name, weight in model.state_dict().items():
+            if name in model.all_tied_weights_keys:
                 continue
             whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-            if trainer.is_global_zero:
+            if keep:
                 dtype = getattr(torch, self.dtype) if self.dtype and whole.is_floating_point() else whole.dtype
-                weights[short] = whole.detach().to("cpu", dtype)
+                weights[name] = whole.to("cpu", dtype)
         return weights
 
 

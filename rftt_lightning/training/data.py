@@ -18,9 +18,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rftt_lightning.core.contracts import ProblemSource, Trajectory, UserError
+from rftt_lightning.core.contracts import Message, ProblemSource, Trajectory, UserError
 from rftt_lightning.core.tokens import TokenTable
-from rftt_lightning.policy.vocab import find, text_tags
+from rftt_lightning.policy.tokenized import chat_ids
+from rftt_lightning.policy.vocab import find, plain_tokens, text_tags
 from rftt_lightning.search.problems import refuse_overlap
 from rftt_lightning.search.store import read_trajectories
 from rftt_lightning.training.resume import Order, OrderedData
@@ -69,21 +70,22 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, table: TokenTable) -> None:
         known = tokenizer.get_vocab()
-        self.tokenizer, self.table, self.rows = tokenizer, table, frozenset[int]()
+        special = ~plain_tokens(tokenizer, max(known.values()) + 1)
+        self.tokenizer, self.table, self.refused = tokenizer, table, set(special.nonzero().flatten().tolist())
         if table.as_text:
             self.pairs = text_tags(tokenizer, table)
             return
         if missing := [tag for tag in table.tags if tag not in known]:
             raise UserError(f"the tokenizer has no functional token {missing[0]}; add the tokens to it before encoding")
-        self.rows = frozenset(known[tag] for tag in table.tags)
+        self.refused |= {known[tag] for tag in table.tags}
         self.pairs = {token.name: ((known[token.open],), (known[token.close],)) for token in table.tokens}
 
     def __call__(self, trajectory: Trajectory) -> Example | None:
         """Ids of the chat-templated question, then ``[open] content [close]`` of each step, then end of turn. Every part is
-        encoded alone, so nothing merges across a tag. None if a content spells a tag of its own row, or, where tags are text,
-        closes itself: it would be read back as another path."""
-        turns = [{"role": "user", "content": trajectory.problem.question}]
-        prompt = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        encoded alone, so nothing merges across a tag. None if a content spells a tag of its own row or a special token, which
+        the grammar lets nobody write in a segment, or, where tags are text, closes itself: it would be read back as another
+        path."""
+        prompt = chat_ids(self.tokenizer, [Message("user", trajectory.problem.question)])
         tokens, loss, functional = list(prompt), [False] * len(prompt), [False] * len(prompt)
         for (tag, text), train in zip(trajectory.steps, trajectory.train, strict=True):
             if tag not in self.table.names:
@@ -92,7 +94,7 @@ class Encoder:
                 )
             content = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             opening, closing = self.pairs[tag]
-            if not self.rows.isdisjoint(content) or find((*content, *closing), closing) != len(content):
+            if not self.refused.isdisjoint(content) or find((*content, *closing), closing) != len(content):
                 return None
             tokens += [*opening, *content, *closing]
             flags = [True] * len(opening) + [False] * len(content) + [True] * len(closing)
@@ -131,7 +133,8 @@ class Examples:
 
 
 def encode_all(trajectories: Iterable[Trajectory], encoder: Encoder, max_length: int) -> tuple[Examples, Counter[str]]:
-    """Examples, and how many were ``kept``, dropped as ``too_long`` (over ``max_length`` tokens), or as ``tag_in_text``."""
+    """Examples, and how many were ``kept``, dropped as ``too_long`` (over ``max_length`` tokens), or as ``tag_in_text`` (a tag or a
+    special token in the text of a step)."""
     examples, counts = Examples(), Counter(kept=0, too_long=0, tag_in_text=0)
     for trajectory in trajectories:
         example = encoder(trajectory)

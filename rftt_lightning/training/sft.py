@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -153,6 +154,14 @@ class SFTModule(ResumableModule):
             raise UserError(
                 f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}; it must be at least 1"
             )
+        limit = self.trainer.limit_train_batches  # 1 is one batch, 1.0 are all
+        if self.trainer.accumulate_grad_batches > 1 and (isinstance(limit, int) or limit < 1.0):
+            raise UserError(
+                f"trainer.limit_train_batches {limit} may cut an optimizer step short, whose loss is over all its batches; leave "
+                "it out, or set trainer.accumulate_grad_batches to 1"
+            )
+        if self.trainer.precision.startswith("16"):  # a gradient scaler's infinities would end the run
+            raise UserError(f"trainer.precision is {self.trainer.precision}; use bf16-mixed, or 32-true")
 
     def configure_model(self) -> None:
         """Load the base model and add the functional tokens; shard the weights if the strategy brings a device mesh (FSDP2)."""
@@ -220,12 +229,17 @@ class SFTModule(ResumableModule):
 
 
 def nll_and_right(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood in nats (float32) and whether the target is the argmax, of N positions, in chunks."""
+    """Negative log-likelihood in nats (float32) and whether the target is the argmax, of N positions. In chunks, each computed
+    anew in the backward pass: log-probabilities in float32 are kept of none."""
     pairs = [
-        (nn.functional.cross_entropy(logits.float(), targets, reduction="none"), logits.argmax(-1) == targets)
+        (checkpoint(_nll, logits, targets, use_reentrant=False), logits.argmax(-1) == targets)
         for logits, targets in zip(logits_NV.split(CHUNK), targets_N.split(CHUNK), strict=True)
     ]
     return torch.cat([nll for nll, _ in pairs]), torch.cat([right for _, right in pairs])
+
+
+def _nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
 
 
 def lr_factor(step: int, total: float, settings: Any) -> float:

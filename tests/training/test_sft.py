@@ -1,3 +1,4 @@
+import json
 import math
 from types import SimpleNamespace
 
@@ -6,15 +7,16 @@ import torch
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rftt_lightning.core.contracts import Problem, UserError
 from rftt_lightning.core.tokens import TokenTable
+from rftt_lightning.policy.hf import HFBackend
 from rftt_lightning.policy.vocab import load
 from rftt_lightning.training.callbacks import ExportHF, Samples
 from rftt_lightning.training.data import TreeDataModule, share_of
-from rftt_lightning.training.sft import SFTModule, lr_factor, nll_and_right, scheduled_adamw
+from rftt_lightning.training.sft import CHUNK, SFTModule, lr_factor, nll_and_right, scheduled_adamw
 from sft_world import Killed, save_base, trajectories, write_store
 
 
@@ -84,6 +86,23 @@ def test_chunks_change_nothing():
     assert torch.equal(right, logits.argmax(-1) == targets)
 
 
+def test_chunks_keep_no_log_probabilities_for_the_backward_pass():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(2500, 7, dtype=torch.bfloat16, requires_grad=True), torch.randint(7, (2500,))
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        nll = nll_and_right(logits, targets)[0].sum()
+    assert sum(t.numel() for t in kept if t.dtype == torch.float32 and t.ndim == 2) <= CHUNK * 7
+    whole = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    torch.testing.assert_close(nll, whole)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (nll, whole)), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("data", [{"batch_size": 2}, {"batch_size": 2, "packing": True}])
 def test_accumulation_and_packing_give_the_same_training(world, tmp_path, data):
     one, _ = fit(world, tmp_path / "one", data={"val_fraction": 0.0})
@@ -133,11 +152,27 @@ def test_non_finite_loss_stops_before_the_step(world, tmp_path):
         fit(world, tmp_path, model={"lr": 1e30, "warmup_steps": 0}, gradient_clip_val=None)
 
 
-def test_flat_sharding_is_refused(world):
-    module, trainer = SFTModule(world.base), SimpleNamespace(strategy=FSDPStrategy())
-    module.trainer = trainer
-    with pytest.raises(UserError, match=r"fsdp2\.yaml"):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy": FSDPStrategy()}, r"fsdp2\.yaml"),
+        ({"accumulate_grad_batches": 2, "limit_train_batches": 0.5}, "limit_train_batches 0.5 may cut"),
+        ({"accumulate_grad_batches": 2, "limit_train_batches": 1}, "limit_train_batches 1 may cut"),
+        ({"precision": "16-mixed"}, "precision is 16-mixed; use bf16-mixed"),
+        ({"precision": "16-true"}, "precision is 16-true; use bf16-mixed"),
+        ({"accumulate_grad_batches": 2, "precision": "bf16-mixed"}, None),
+        ({"limit_train_batches": 1}, None),
+    ],
+)
+def test_trainers_that_would_train_wrongly_are_refused(settings, message):
+    usual = {"accumulate_grad_batches": 1, "limit_train_batches": 1.0, "precision": "32-true"}
+    module = SFTModule("unused")
+    module.trainer = SimpleNamespace(**{"strategy": SingleDeviceStrategy(), **usual, **settings})
+    if message is None:
         module.setup("fit")
+    else:
+        with pytest.raises(UserError, match=message):
+            module.setup("fit")
 
 
 # -- schedule ------------------------------------------------------------------------------------------------------------
@@ -217,11 +252,41 @@ def test_export_reloads(world, tmp_path, dtype):
     module, _ = fit(world, tmp_path, callbacks=[ExportHF(dtype=dtype)], max_epochs=1)
     model, tokenizer = load(str(tmp_path / "hf"))
     wanted = torch.float32 if dtype is None else torch.bfloat16
+    assert model.dtype == wanted  # equal values may be of another
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == str(wanted).removeprefix("torch.")
     for name, weight in weights(module).items():
         assert torch.equal(model.get_parameter(name), weight.to(wanted)), name
     for tag in module.table.tags:
         assert tokenizer(tag, add_special_tokens=False)["input_ids"] == [module.tokenizer.convert_tokens_to_ids(tag)]
     assert tokenizer.chat_template == module.tokenizer.chat_template
+
+
+def test_an_export_reads_the_live_weights(world, tmp_path):
+    """A strategy may give them with their shards on the CPU, where NCCL cannot gather them; this trainer has no strategy."""
+    module = SFTModule(world.base)
+    module.configure_model()
+    ExportHF().on_train_end(SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path), module)
+    exported, _ = load(str(tmp_path / "hf"))
+    assert all(torch.equal(exported.get_parameter(name), weight) for name, weight in weights(module).items())
+
+
+def test_an_export_takes_the_place_of_an_earlier_one_when_it_is_whole(world, tmp_path, monkeypatch):
+    module = SFTModule(world.base)
+    module.configure_model()
+    trainer, folder = SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path), tmp_path / "hf"
+    ExportHF().on_train_end(trainer, module)
+    (folder / "notes.md").write_text("mine")
+    (folder / "model-00001-of-00002.safetensors").write_text("of a larger model")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as patch:  # killed when the weights are written, the tokenizer is not
+        patch.setattr(type(module.tokenizer), "save_pretrained", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ExportHF(dtype="bfloat16").on_train_end(trainer, module)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    ExportHF(dtype="bfloat16").on_train_end(trainer, module)
+    assert load(str(folder))[0].dtype == torch.bfloat16
+    assert {path.name for path in folder.iterdir()} == before.keys() - {"model-00001-of-00002.safetensors"}
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 @pytest.mark.parametrize(
@@ -253,3 +318,11 @@ def test_answers_stay_with_their_questions_where_one_leaves_no_room(world):
     ((problem, path),) = samples.answer(module, [long, short])
     assert problem == short
     assert path == samples.answer(module, [short])[0][1] != []
+
+
+def test_samples_keep_no_keys_and_values(world, monkeypatch):
+    module, live, made = SFTModule(world.base), HFBackend.live, []
+    module.configure_model()
+    monkeypatch.setattr(HFBackend, "live", lambda *args, **options: made.append(live(*args, **options)) or made[0])
+    Samples(max_tokens=20, max_segment_tokens=8).answer(module, [Problem("short", "one two")])
+    assert len(made) == 1 and made[0]._prefixes.capacity == 0

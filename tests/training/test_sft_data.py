@@ -7,8 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AddedToken
 
-from rftt_lightning.core.contracts import Problem, Step, Trajectory, UserError
+from rftt_lightning.core.contracts import Message, Problem, Step, Trajectory, UserError
+from rftt_lightning.core.tokens import TextToken, TokenTable
+from rftt_lightning.policy.hf import HFBackend
 from rftt_lightning.policy.vocab import add_functional_tokens
 from rftt_lightning.search.problems import JsonlProblems
 from rftt_lightning.search.store import read_trajectories
@@ -60,6 +63,35 @@ def test_what_cannot_be_learned_is_counted(tokenizer):
     assert (len(kept), dict(counts)) == (2, {"kept": 2, "too_long": 0, "tag_in_text": 1})
     _, counts = encode_all([PATH, tricky, PATH], Encoder(tokenizer, TABLE), 18)
     assert dict(counts) == {"kept": 0, "too_long": 2, "tag_in_text": 1}
+
+
+@pytest.mark.parametrize("table", [TABLE, TokenTable((TextToken("output", "", text=("five", "six")),), {}, {})])
+def test_special_tokens_in_the_text_of_a_step_are_not_learned(table):
+    """Those that only their entry marks, too, as most of Llama 3's."""
+    tokenizer = build_tokenizer(WORDS)
+    tokenizer.add_tokens([AddedToken("<|marked|>", special=True)])
+    assert tokenizer.convert_tokens_to_ids("<|marked|>") not in tokenizer.all_special_ids
+    add_functional_tokens(build(tokenizer), tokenizer, table)
+    encoder = Encoder(tokenizer, table)
+    for text, learned in {
+        "two": True,
+        "two <|end|>": False,
+        "<|user|> two": False,
+        "two <|marked|> three": False,
+    }.items():
+        example = encoder(Trajectory(PATH.problem, (Step("output", text),), (True,), "plain"))
+        assert (example is not None) == learned, text
+
+
+def test_prompts_are_those_of_the_backend_and_the_same_on_every_day():
+    """With a template that prints the date as Llama 3.2's does."""
+    tokenizer = build_tokenizer([*WORDS, "26", "Jul", "2024"])
+    add_functional_tokens(build(tokenizer), tokenizer, TABLE)
+    today = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }} "
+    tokenizer.chat_template = today + tokenizer.chat_template
+    prompt = HFBackend.live(build(tokenizer), tokenizer, TABLE).chat([Message("user", PATH.problem.question)])
+    assert tokenizer.convert_ids_to_tokens(prompt[:4]) == ["26", "Jul", "2024", "<|user|>"]
+    assert Encoder(tokenizer, TABLE)(PATH).tokens[: len(prompt)] == prompt
 
 
 def test_tokenizer_without_functional_tokens_is_refused():

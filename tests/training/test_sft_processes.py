@@ -33,6 +33,7 @@ def fit(world, out, batch_size, *options, **trainer):
         "data": {"folder": world["data"], "batch_size": batch_size},
         "trainer": {
             "max_epochs": 2,
+            "max_steps": 12,  # all there are; a run that goes on after them is told apart by their number
             "enable_progress_bar": False,
             "callbacks": [{"class_path": "rftt_lightning.training.callbacks.ExportHF"}, keep],
             **trainer,
@@ -58,5 +59,7 @@ def test_two_processes_learn_what_one_does_and_resume(world, tmp_path, strategy)
         torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5, msg=name)
     checkpoint = tmp_path / "two" / "checkpoints" / "step=3.ckpt"
     resumed = fit(world, tmp_path / "resumed", 4, "--ckpt_path", checkpoint, devices=2, strategy=strategy)
+    last = tmp_path / "two" / "checkpoints" / "step=12.ckpt"  # of a run that was killed before its export
+    finished = fit(world, tmp_path / "finished", 4, "--ckpt_path", last, devices=2, strategy=strategy)
     for name, weight in two.items():
-        assert torch.equal(resumed[name], weight), name
+        assert torch.equal(resumed[name], weight) and torch.equal(finished[name], weight), name
