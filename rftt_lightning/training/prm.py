@@ -30,6 +30,7 @@ from rftt_lightning.policy.prm import Writer, functional_writer, relative
 from rftt_lightning.policy.vocab import add_functional_tokens, load
 from rftt_lightning.search.store import read_trees
 from rftt_lightning.training.data import share_of
+from rftt_lightning.training.ranks import gather
 from rftt_lightning.training.resume import Order, OrderedData, ResumableModule
 from rftt_lightning.training.sft import SCHEDULES, scheduled_adamw
 
@@ -148,8 +149,7 @@ class PathBatches(Order[PRMBatch]):
         return {"paths": f"{len(self.paths)} {digest}", "batch_tokens": self.batch_tokens}
 
     def __len__(self) -> int:
-        rounds = len(self.groups) / self.world
-        return max(math.floor(rounds), 1) if self.shuffle else math.ceil(rounds)
+        return max(len(self.groups) // self.world, 1) if self.shuffle else math.ceil(len(self.groups) / self.world)
 
     def batches(self, epoch: int, first: int) -> Iterator[PRMBatch]:
         order = self.shuffled(epoch, len(self.groups))
@@ -331,11 +331,7 @@ class PRMModule(ResumableModule):
             self.held_out.append(Held(path, tuple(row[list(path.ends)].tolist())))
 
     def on_validation_epoch_end(self) -> None:
-        held, self.held_out = self.held_out, []
-        if self.trainer.world_size > 1:
-            everything: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(everything, held)
-            held = [one for part in everything for one in part]
+        held, self.held_out = [one for part in gather(self.held_out, self.trainer.world_size) for one in part], []
         metrics = measure(held)
         self.log_dict(
             {f"val/{name}": value for name, value in metrics.items()}, sync_dist=True

@@ -1,4 +1,4 @@
-"""What the ranks of a Fabric run tell each other. All of them make the same calls in the same order."""
+"""What the ranks of a run tell each other. All of them make the same calls in the same order."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ from torch import Tensor
 from rftt_lightning.core.contracts import Unavailable
 
 T = TypeVar("T")
+
+
+def gather(value: T, world_size: int) -> list[T]:
+    """The value of each of so many ranks, in their order; any that can be pickled."""
+    found = [value] * world_size
+    if world_size > 1:
+        torch.distributed.all_gather_object(found, value)
+    return found
 
 
 class Ranks:
@@ -32,11 +40,7 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """The value of each rank, in their order; any that can be pickled."""
-        if self.fabric.world_size == 1:
-            return [value]
-        found = [value] * self.fabric.world_size
-        torch.distributed.all_gather_object(found, value)
-        return found
+        return gather(value, self.fabric.world_size)
 
     def together(self, work: Callable[[], T]) -> T:
         """What ``work`` returns on this rank. Where it raises :class:`Unavailable` on one, all do: the others would wait for it in
