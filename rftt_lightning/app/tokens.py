@@ -14,6 +14,7 @@ from rftt_lightning.app.command import make_folder, run_command
 from rftt_lightning.core.contracts import QUESTION, Message, UserError
 from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
+from rftt_lightning.policy import vocab
 from rftt_lightning.policy.hf import HFBackend
 from rftt_lightning.policy.vocab import (
     Vocabulary,
@@ -70,8 +71,7 @@ def tokens(
         for kind, weight in _weights(network).items():
             console.print(_similarities(weight, _ids(tokenizer, names), names, f"{kind} rows, {name}"))
     if save is not None:
-        before.save_pretrained(save)
-        tokenizer.save_pretrained(save)
+        vocab.save(before, tokenizer, save)
         print(f"model: {save}")
 
 

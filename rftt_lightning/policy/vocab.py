@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,29 @@ def load(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device), tokenizer
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    weights: dict[str, Tensor] | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Write a Hugging Face folder that :func:`load` reads. One that is there gets whole files only, loses its old weights, and
+    keeps what else is in it. ``weights`` stand in for the model's own; ``dtype`` is what the folder says that they are in."""
+    folder = Path(folder).absolute()
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part, state_dict=weights)
+    if dtype:  # save_pretrained takes it from the live weights
+        model.config.dtype = dtype
+        model.config.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    for old in folder.glob("model*.safetensors*"):  # one file of an earlier export would go before several new ones
+        old.unlink()
+    shutil.copytree(part, folder, copy_function=os.replace, dirs_exist_ok=True)
+    shutil.rmtree(part)
 
 
 def add_functional_tokens(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from transformers import PreTrainedModel
 from rftt_lightning.core.contracts import QUESTION, Message, Problem, Request, Sampling, Step, UserError
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.policy.hf import HFBackend
+from rftt_lightning.policy.vocab import save
 
 
 class Samples(Callback):
@@ -108,17 +107,7 @@ class ExportHF(Callback):
         weights = self._whole(model, trainer.is_global_zero)
         if not trainer.is_global_zero:
             return
-        part = folder.absolute().with_name(f"{folder.name}.part")  # the folder gets whole files only, and keeps others
-        shutil.rmtree(part, ignore_errors=True)
-        model.save_pretrained(part, state_dict=weights)
-        if self.dtype:  # save_pretrained takes it from the live weights
-            model.config.dtype = self.dtype
-            model.config.save_pretrained(part)
-        pl_module.tokenizer.save_pretrained(part)
-        for old in folder.glob("model*.safetensors*"):  # one file of an earlier export would go before several new ones
-            old.unlink()
-        shutil.copytree(part, folder, copy_function=os.replace, dirs_exist_ok=True)
-        shutil.rmtree(part)
+        save(model, pl_module.tokenizer, folder, weights, self.dtype)
         print(f"model: {folder}")
 
     def _whole(self, model: PreTrainedModel, keep: bool) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ from rftt_lightning.core.tree import Tree
 from rftt_lightning.policy import objectives
 from rftt_lightning.policy.hf import HFBackend, fingerprint
 from rftt_lightning.policy.rewards import Confidence
+from rftt_lightning.policy.vocab import save
 from rftt_lightning.search import driver
 from rftt_lightning.search.expand import TokenExpander, seed_of
 from rftt_lightning.search.store import LOCK, StepStore, describe, differences
@@ -658,8 +659,7 @@ class RLTrainer:
         if self.is_global_zero:
             if ckpt_path and (path := self.folder.choose(ckpt_path)):
                 model.load_weights(checkpoints.read(path, "settings", self.fabric.device)["model"])
-            model.merged().save_pretrained(self.out / "hf")
-            model.tokenizer.save_pretrained(self.out / "hf")
+            save(model.merged(), model.tokenizer, self.out / "hf")
             print(f"model: {self.out / 'hf'}")
 
 

@@ -200,13 +200,17 @@ def test_validate_writes_nothing_and_prints_numbers_alone(run, capfd):
 
 
 def test_a_checkpoint_is_exported_without_training(run):
-    shutil.rmtree(run / "hf")
     before = contents(run)
+    stale = run / "hf" / "model-00001-of-00002.safetensors"
+    stale.write_text("of a larger model")
     assert fit(run, f"--ckpt_path={run / 'checkpoints/step-000002.pt'}", command="export") == 0
+    assert not stale.exists()
     second = torch.load(run / "checkpoints/step-000002.pt", weights_only=True)["model"]
     found = load(str(run / "hf"), "float32")[0].state_dict()
     assert all(torch.equal(found[name], second[name]) for name in found)
-    assert {path: b for path, b in contents(run).items() if path.parent.name != "hf"} == before
+    after = contents(run)
+    assert {path for path in after if after[path] != before[path]} == {run / "hf" / "model.safetensors"}
+    assert after.keys() == before.keys()
 
 
 def test_a_nucleus_is_warned_of_where_nothing_corrects_for_it(tmp_path):
