@@ -7,12 +7,13 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import string
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -40,6 +41,7 @@ def sweep(
     threads: int = 1,
     show: list[str] = [],  # noqa: B006
     only: list[str] = [],  # noqa: B006
+    again: list[str] = [],  # noqa: B006
     plan: bool = False,
 ) -> None:
     """Run a plan of commands, each once what it builds on is done; what is done is not run again.
@@ -47,7 +49,7 @@ def sweep(
     In a command ``$here`` is the stage's own folder, ``$sft`` that of the stage ``sft``, which then must come first, ``$seed`` the
     seed. A name among ``variables`` stands for that text, which may be several words and name stages and variables itself. A stage
     runs once for each seed if it, or what it builds on, names the seed, in ``out/seed-N/STAGE``; else once for all, in
-    ``out/STAGE``. A stage that names ``$out`` comes after all that do not.
+    ``out/STAGE``. A stage that names ``$out`` comes after all that do not, and is run again when one of them was.
 
     When a command fails, what builds on it is left out and the rest goes on; the exit status is then 1. Ctrl-C and SIGTERM are
     passed on to the commands, which save what they have.
@@ -60,6 +62,7 @@ def sweep(
         lanes: commands side by side; threads: CPU threads of each.
         show: stages whose output is printed at the end.
         only: stages to be run, with what they build on; empty is all.
+        again: stages to be run anew, and all that builds on them, as after a change of settings; what they wrote is deleted.
         plan: print the commands and stop.
     """
     if not stages:
@@ -67,15 +70,18 @@ def sweep(
     for name, value in (("lanes", lanes), ("threads", threads)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
-    for name in (*show, *only):
+    for name in (*show, *only, *again):
         if name not in stages:
-            raise UserError(f"show and only name stages; {name!r} is none of {', '.join(stages)}")
-    runs = _wanted(expand(stages, Path(out), seeds, variables), only)
+            raise UserError(f"show, only and again name stages; {name!r} is none of {', '.join(stages)}")
+    every = expand(stages, Path(out), seeds, variables)
+    runs = _wanted(every, only)
+    if left := [stage for stage in again if stage not in {run.stage for run in runs}]:
+        raise UserError(f"again names {left[0]}, which only leaves out; name it there, too")
     if plan:
         print("\n".join(shlex.join(run.args) for run in runs))
         return
     sweeper = Sweeper(Path(out), runs, lanes, threads)
-    sweeper.run()
+    sweeper.run(anew=_above(every, again), last=[run.name for run in every if run.last])
     for run in runs:
         if run.stage in show and run.name in sweeper.done:
             print(sweeper.log(run).read_text(encoding="utf-8", errors="replace"), end="")
@@ -85,12 +91,14 @@ def sweep(
 
 @dataclass(frozen=True)
 class Run:
-    """A stage for one seed; ``needs`` are the names of the runs whose files it reads."""
+    """A stage for one seed; ``needs`` are the names of the runs whose files it reads. One that is ``last`` reads what is there of
+    all others, too."""
 
     name: str
     stage: str
     args: tuple[str, ...]
     needs: tuple[str, ...]
+    last: bool = False
 
     @property
     def digest(self) -> str:
@@ -113,11 +121,12 @@ def expand(
     stages = {stage: _filled(stage, line, variables) for stage, line in stages.items()}
     names = {stage: _names(stage, line) for stage, line in stages.items()}
     last = {stage for stage in stages if "out" in names[stage]}
-    needs = {s: [n for n in stages if n in names[s] or (s in last and n not in last)] for s in stages}
+    needs = {stage: [other for other in stages if other in names[stage]] for stage in stages}
+    if early := next((s for s in stages if s not in last and last.intersection(needs[s])), None):
+        raise UserError(f"stage {early} builds on one that names $out, so comes after it; let it name $out, too")
     seeded: set[str] = set()
     for stage in _ordered(needs):
-        built_on = names[stage] if stage in last else needs[stage]
-        if "seed" in names[stage] or seeded.intersection(built_on):
+        if "seed" in names[stage] or seeded.intersection(needs[stage]):
             seeded.add(stage)
 
     def name(stage: str, seed: int) -> str:
@@ -134,8 +143,9 @@ def expand(
                 raise UserError(
                     f"stage {stage}: ${error.args[0]} is no stage, none of variables ({', '.join(variables)}), nor here, out, seed"
                 ) from error
-            below = [name(need, s) for need in needs[stage] for s in (seeds if stage in last else [seed])]
-            runs.append(Run(name(stage, seed), stage, args, tuple(dict.fromkeys(below))))
+            runs.append(
+                Run(name(stage, seed), stage, args, tuple(name(need, seed) for need in needs[stage]), stage in last)
+            )
     named = {name for text in texts for name in string.Template(text).get_identifiers()}
     for variable in variables:
         if variable not in named:
@@ -188,6 +198,14 @@ def _wanted(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
     return [run for run in runs if run.name in wanted]
 
 
+def _above(runs: Sequence[Run], stages: Sequence[str]) -> list[str]:
+    """The runs of these stages and all that build on them."""
+    found = {run.name for run in runs if run.stage in stages}
+    while more := {run.name for run in runs if found.intersection(run.needs)} - found:
+        found |= more
+    return [run.name for run in runs if run.name in found]
+
+
 class Sweeper:
     """Runs what is ready, ``lanes`` commands at a time. What was run, whether it is done and its seconds, interrupted runs
     included, are kept in ``stages.json``."""
@@ -195,33 +213,65 @@ class Sweeper:
     def __init__(self, out: Path, runs: list[Run], lanes: int, threads: int) -> None:
         self.out, self.runs, self.lanes, self.threads = out, runs, lanes, threads
         self.record = out / "stages.json"
-        try:
-            known = json.loads(self.record.read_text(encoding="utf-8")) if self.record.exists() else {}
-        except ValueError as error:
-            raise UserError(f"{self.record} is damaged: {error}; delete it, and every stage is run again") from error
-        self.seconds: dict[str, float] = known.get("seconds", {})
-        self.total: float = known.get("total", 0.0)
-        self.done: dict[str, str] = known.get("done", {})
+        self.done: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        self.total = 0.0
         self.failed: list[str] = []
         self.running: dict[str, tuple[subprocess.Popen[bytes], float, str]] = {}
         """Name -> process, when it began, and the digest of then: a config that is edited meanwhile was not run."""
-        for run in runs:
-            if run.name in self.done and self.done[run.name] != run.digest:
-                raise UserError(f"{run.name} of {out} was run with other settings; give another --out, or delete it")
 
-    def run(self) -> None:
-        """Run all that is not done. Raises :class:`UserError` if another sweep works in the folder."""
+    def run(self, anew: Sequence[str], last: Sequence[str]) -> None:
+        """Run what is not done. ``anew`` names runs that are to be run again, ``last`` all those that read what others wrote, so
+        are run again if others are. Raises :class:`UserError` if another sweep works in the folder, or if something was done
+        with other settings."""
         make_folder(self.out)
         lock = FileLock(self.out / ".lock")
         try:
             lock.acquire(blocking=False)
         except Timeout as error:
             raise UserError(f"another sweep works in {self.out}; wait for it, or give another --out") from error
+        with lock:
+            self.read()
+            fresh = set(anew)
+            if any(run.name in fresh or run.name not in self.done for run in self.runs if not run.last):
+                fresh |= set(last)
+            for run in self.runs:
+                if run.name not in fresh and self.done.get(run.name, run.digest) != run.digest:
+                    raise UserError(
+                        f"{run.name} of {self.out} was run with other settings; give another --out, or --again "
+                        f"[{run.stage}], which deletes it and what builds on it"
+                    )
+            self.forget(fresh)
+            self.work()
+        for name in self.failed:
+            print(f"{name} failed; its output is in {self.out / 'logs'}", file=sys.stderr)
+
+    def read(self) -> None:
+        """What earlier calls wrote down."""
+        try:
+            known = json.loads(self.record.read_text(encoding="utf-8")) if self.record.exists() else {}
+        except ValueError as error:
+            raise UserError(f"{self.record} is damaged: {error}; delete it, and every stage is run again") from error
+        self.seconds, self.total = known.get("seconds", {}), known.get("total", 0.0)
+        self.done = known.get("done", {})
+
+    def forget(self, names: Collection[str]) -> None:
+        """Delete what these runs wrote; they are not done any more."""
+        if known := [name for name in names if name in self.seconds]:
+            for name in known:
+                self.done.pop(name, None)
+                del self.seconds[name]
+            self.write()  # before it is true: what is interrupted here is run again
+        for name in names:
+            shutil.rmtree(self.out / name, ignore_errors=True)
+
+    def work(self) -> None:
+        """Begin what is ready and wait for it, until nothing is."""
         live = Live(
             self.picture(), refresh_per_second=1, get_renderable=self.picture, transient=not sys.stdout.isatty()
         )
         # SIGINT, too: a process that was started in the background would not hear of it.
-        with lock, interruptible(signal.SIGTERM, signal.SIGINT), live:
+        with interruptible(signal.SIGTERM, signal.SIGINT), live:
             self.began = time.monotonic()
             try:
                 while self.start() or self.running:
@@ -233,13 +283,16 @@ class Sweeper:
                 for process, *_ in self.running.values():
                     process.wait()
                 self.note(list(self.running))
-        for name in self.failed:
-            print(f"{name} failed; its output is in {self.out / 'logs'}", file=sys.stderr)
 
     def start(self) -> int:
         """Begin what is ready as far as there are lanes; returns how many began."""
         over = {*self.done, *self.running, *self.failed}
-        ready = [run for run in self.runs if run.name not in over and all(need in self.done for need in run.needs)]
+        rest = any(run.name not in self.done for run in self.runs if not run.last)
+        ready = [
+            run
+            for run in self.runs
+            if run.name not in over and all(need in self.done for need in run.needs) and not (run.last and rest)
+        ]
         ready = ready[: self.lanes - len(self.running)]
         for run in ready:
             log = self.log(run)
@@ -278,6 +331,9 @@ class Sweeper:
         now = time.monotonic()
         self.seconds |= {name: round(self.spent(name), 1) for name in names}
         self.total, self.began = round(self.total + now - self.began, 1), now
+        self.write()
+
+    def write(self) -> None:
         known = {"done": self.done, "seconds": self.seconds, "total": self.total}
         temporary = self.record.with_suffix(".tmp")
         temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")

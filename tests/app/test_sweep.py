@@ -60,7 +60,7 @@ def test_a_stage_runs_for_each_seed_if_it_or_what_it_builds_on_names_the_seed():
         Run("seed-3/sft", "sft", ("rftt", "sft", "fit", "--data", "out/trees", "--seed", "3"), ("trees",)),
         Run("seed-5/sft", "sft", ("rftt", "sft", "fit", "--data", "out/trees", "--seed", "5"), ("trees",)),
         Run("trees", "trees", ("rftt", "search", "--out", "out/trees"), ()),
-        Run("report", "report", ("python", "table.py", "out", "7"), ("seed-3/evaluate", "seed-5/evaluate", "seed-3/sft", "seed-5/sft", "trees")),
+        Run("report", "report", ("python", "table.py", "out", "7"), (), last=True),
     ]  # fmt: skip
 
 
@@ -73,6 +73,13 @@ def test_only_takes_what_it_builds_on_with_it():
         "seed-1/b",
     ]
     assert [run.name for run in _wanted(plan(stages), [])] == ["seed-0/a", "seed-0/b", "seed-0/c", "d"]
+    stages["table"] = "python table.py $out $c"
+    assert [run.name for run in _wanted(plan(stages), ["table"])] == [
+        "seed-0/a",
+        "seed-0/b",
+        "seed-0/c",
+        "seed-0/table",
+    ]
 
 
 def test_braces_and_quotes_reach_the_command_as_they_are():
@@ -99,6 +106,7 @@ def test_a_variable_may_be_several_words_and_name_stages_and_variables():
         ({"a": ""}, "a must begin with rftt or python"),
         ({"a": "rftt 'search"}, "No closing quotation"),
         ({"a": "rftt search --cost 5$"}, r"a \$ must stand before a name"),
+        ({"a": "rftt search --trees $b", "b": "python table.py $out"}, r"stage a builds on one that names \$out"),
     ],
 )
 def test_a_plan_that_cannot_be_run_says_why(stages, message):
@@ -156,6 +164,38 @@ def test_what_is_done_is_not_run_again_and_other_settings_are_refused(tmp_path):
     code, _, err = wait(sweep(tmp_path, config))
     assert code == 2 and "seed-4/first of" in err and "other settings" in err and err.count("\n") == 1
     assert len(ran(tmp_path)) == 4
+
+
+def test_a_stage_may_be_run_again_with_what_builds_on_it(tmp_path):
+    """What names $out is run again after anything else was, and reads what is there."""
+    write = f"python -c \"import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.mkdir(parents=True); (p / 'x').touch(); open('{tmp_path / 'ran'}', 'a').write(sys.argv[2] + ' ')\" $here"
+    stages = {
+        "base": f"{write} base",
+        "arm": f"{write} arm-$seed $base",
+        "eval": f"{write} eval-$seed $arm",
+        "other": f"{write} other $base",
+    }
+    stages["table"] = f"{write} table $out"
+    assert wait(sweep(tmp_path, {"stages": stages, "lanes": 1}, "--only", "[other,table]"))[0] == 0
+    assert ran(tmp_path) == ["base", "other", "table"]
+    assert wait(sweep(tmp_path, {"stages": stages, "lanes": 1}))[0] == 0
+    first = ["base", "other", "table", "arm-0", "eval-0", "table"]
+    assert ran(tmp_path) == first
+    stages["arm"] = f"{write} new-$seed $base"
+    code, _, err = wait(sweep(tmp_path, {"stages": stages}))
+    assert code == 2 and "seed-0/arm of" in err and "--again [arm]" in err and err.count("\n") == 1
+    code, _, err = wait(sweep(tmp_path, {"stages": stages}, "--again", "[arm]", "--only", "[other]"))
+    assert code == 2 and "again names arm, which only leaves out" in err
+    stages["other"] = f"{write} changed $base"
+    assert wait(sweep(tmp_path, {"stages": stages}, "--again", "[arm]"))[0] == 2  # and nothing is deleted
+    assert (tmp_path / "out" / "seed-0" / "eval" / "x").exists() and ran(tmp_path) == first
+    stages["other"] = f"{write} other $base"
+    for options in (("--again", "[arm]"), ()):
+        code, _, err = wait(sweep(tmp_path, {"stages": stages, "lanes": 1}, *options))
+        assert code == 0, err
+        assert ran(tmp_path) == [*first, "new-0", "eval-0", "table"]
+    known = json.loads((tmp_path / "out" / "stages.json").read_text())
+    assert set(known["done"]) == set(known["seconds"]) == {"base", "other", "seed-0/arm", "seed-0/eval", "table"}
 
 
 def test_a_config_that_is_edited_while_its_stage_runs_counts_as_it_was(tmp_path):
