@@ -8,10 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoModelForTokenClassification
 
 from rftt_lightning.app.cli import main
 from rftt_lightning.core.contracts import Problem, Rollout, Score, Segment, Status, Verdict
+from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.core.tree import Plan, Tree
+from rftt_lightning.policy.vocab import add_functional_tokens, save
+from rftt_lightning.policy.vocab import load as load_model
 from rftt_lightning.search.store import Store
 from rftt_lightning.tiny.countdown import Countdown
 
@@ -25,7 +29,7 @@ def load(name):
     return module
 
 
-table = load("table")
+table, plot = load("table"), load("plot")
 
 
 def answers(*shares, problems=200, seed=0):
@@ -232,7 +236,13 @@ def test_each_command_of_a_world_is_understood(overlay, monkeypatch, capsys):
     """The configs that a plan names are there for that world, and have what the plan sets."""
     monkeypatch.chdir(ROOT)
     names = ["sweep", overlay] if overlay else ["sweep"]
-    plan = ["sweep", *(f"--config=experiments/claims/{name}.yaml" for name in names), "--seeds=[0]", "--plan=true"]
+    plan = [
+        "sweep",
+        *(f"--config=experiments/claims/{name}.yaml" for name in names),
+        "--seeds=[0]",
+        "--plan=true",
+        "--only=[]",
+    ]
     assert main(plan) == 0
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert {command[0] for command in commands} == {"rftt", "python"} and len(commands) > 30
@@ -247,12 +257,39 @@ def test_each_command_of_a_world_is_understood(overlay, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["rejection", "random", "format_only", "no_checks", "text"])
+@pytest.mark.parametrize("arm", ["rejection", "random", "format_only", "no_checks", "text", "legal", "prm"])
 def test_an_arm_trains(tmp_path, arm, monkeypatch):
     monkeypatch.chdir(ROOT)
+    base = "pkg:tiny/checkpoints/countdown"
     args = ["rl", "fit", "--config=configs/tiny/rl.yaml", f"--config=experiments/claims/rl_{arm}.yaml"]
-    args += ["--model.model=pkg:tiny/checkpoints/countdown", f"--trainer.out={tmp_path}", "--trainer.max_steps=2"]
+    args += [f"--model.model={base}", f"--trainer.out={tmp_path}", "--trainer.max_steps=2"]
+    if arm == "prm":
+        model, tokenizer = load_model(base, auto=AutoModelForTokenClassification, num_labels=2)
+        add_functional_tokens(model, tokenizer, TokenTable.from_yaml())
+        save(model, tokenizer, tmp_path / "prm")
+        args += [f"--trainer.reward.init_args.process.init_args.scorer.init_args.model={tmp_path / 'prm'}"]
     args += ["--data.train.init_args.count=40", "--data.validation.init_args.count=8", "--data.batch_size=4"]
     args += ["--trainer.expander.init_args.rollouts=3", "--trainer.expander.init_args.max_tokens=40"]
     assert main(args) == 0
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_picture_shows_each_recorded_claim_in_its_world(tmp_path, monkeypatch):
+    folder = ROOT / "experiments/claims/results"
+    claims = {path.stem: json.loads(path.read_text())["claims"] for path in sorted(folder.glob("*.json"))}
+    figure = plot.draw({world: {claim["text"]: claim for claim in found} for world, found in claims.items()})
+    assert [axis.get_title() for axis in figure.axes] == [*claims]
+    texts = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    for axis, found in zip(figure.axes, claims.values(), strict=True):
+        spans = {
+            (texts[line.get_ydata()[0]], *line.get_xdata())
+            for line in axis.lines
+            if len(line.get_xdata()) == 2 and line.get_ydata()[0] == line.get_ydata()[1] and line.get_linewidth() == 2
+        }
+        assert spans == {(claim["text"], 100 * claim["low"], 100 * claim["high"]) for claim in found}
+    assert {*plot.PAPER} <= {claim.text for claim in table.CLAIMS}
+    monkeypatch.setattr(
+        "sys.argv", ["plot.py", *map(str, sorted(folder.glob("*.json"))), "--out", str(tmp_path / "x.png")]
+    )
+    plot.main()
+    assert (tmp_path / "x.png").stat().st_size > 10_000
