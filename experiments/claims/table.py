@@ -239,11 +239,10 @@ def per_cent(value: float, sign: bool = False) -> str:
     return f"{100 * value:{'+' if sign else ''}.1f}"
 
 
-def report(sweep: Sweep, source: ProblemSource) -> tuple[str, dict[str, Any]]:
-    """Markdown tables, and the same as data."""
+def measure(sweep: Sweep, source: ProblemSource) -> dict[str, Any]:
+    """Claims, arms and votes as data."""
     known = {p.name.removeprefix("evaluate_") for place in (*sweep.seeds, sweep.out) for p in place.glob("evaluate_*")}
-    data: dict[str, Any] = {"claims": [], "arms": {}}
-    rows = [["claim", "gain", "95 % interval", "by seed", "verdict"]]
+    data: dict[str, Any] = {"claims": [], "arms": {}, "majority": {}}
     for claim in CLAIMS:
         if not (sweep.ran(claim.first) and sweep.ran(claim.second)):
             continue  # an arm of another world, or not run yet
@@ -254,30 +253,36 @@ def report(sweep: Sweep, source: ProblemSource) -> tuple[str, dict[str, Any]]:
         if claim.steps and min(tally.count_SP.sum(1).min() for tally in pair) < FEW:
             continue
         found = difference(*pair)
-        verdict = found.verdict(claim.helps)
-        gains = ", ".join(per_cent(gain, sign=True) for gain in found.seeds)
-        interval = f"[{per_cent(found.low, sign=True)}, {per_cent(found.high, sign=True)}]"
-        rows.append([claim.text, per_cent(found.mean, sign=True), interval, gains, verdict])
-        data["claims"].append({**claim._asdict(), **found._asdict(), "verdict": verdict})
-    columns = ("tokens", "unfinished", "malformed", "verify", "refine", "first attempt", "mended", "spoilt")
-    arms = [["arm", "accuracy by seed", *columns, "steps right"]]
+        data["claims"].append({**claim._asdict(), **found._asdict(), "verdict": found.verdict(claim.helps)})
     for arm in filter(sweep.ran, sorted(known)):
         seeds = [mechanism(sweep.greedy(seed, arm), source) for seed in sweep.seeds]
         means = {key: float(np.mean([seed[key] for seed in seeds if key in seed])) for seed in seeds for key in seed}
         tally = sweep.answers(arm)
-        accuracy = tally.rates.tolist()
         right = ["".join("01"[int(x)] for x in right_P) for right_P in tally.right_SP]
-        data["arms"][arm] = {"accuracy": accuracy, **means, "seeds": seeds, "right": right}
-        steps = [f"{key.removesuffix(' right')} {per_cent(v)}" for key, v in means.items() if key.endswith(" right")]
-        cells = [f"{means[key]:.1f}" if key in COUNTS else per_cent(means[key]) for key in columns]
-        arms.append([arm, ", ".join(map(per_cent, accuracy)), *cells, ", ".join(steps)])
-    data["majority"] = {arm: sweep.majority(arm) for arm in sorted(known) if sweep.ran(f"{arm}/majority/1")}
-    tables = [rows, arms]
-    if data["majority"]:
-        tables.append([["majority of n rollouts", *next(iter(data["majority"].values()))]])
-        for arm, by_n in data["majority"].items():
-            tables[-1].append([arm, *(", ".join(map(per_cent, accuracies)) for accuracies in by_n.values())])
-    return "\n\n".join(map(lines, tables)) + "\n", data
+        data["arms"][arm] = {"accuracy": tally.rates.tolist(), **means, "seeds": seeds, "right": right}
+        if sweep.ran(f"{arm}/majority/1"):
+            data["majority"][arm] = sweep.majority(arm)
+    return data
+
+
+def tables(data: Mapping[str, Any]) -> str:
+    """The same as tables in Markdown."""
+    claims = [["claim", "gain", "95 % interval", "by seed", "verdict"]]
+    for claim in data["claims"]:
+        mean, low, high, *seeds = (
+            per_cent(x, sign=True) for x in (claim["mean"], claim["low"], claim["high"], *claim["seeds"])
+        )
+        claims.append([claim["text"], mean, f"[{low}, {high}]", ", ".join(seeds), claim["verdict"]])
+    columns = ("tokens", "unfinished", "malformed", "verify", "refine", "first attempt", "mended", "spoilt")
+    arms = [["arm", "accuracy by seed", *columns, "steps right"]]
+    for arm, found in data["arms"].items():
+        steps = [f"{k.removesuffix(' right')} {per_cent(v)}" for k, v in found.items() if k.endswith(" right")]
+        cells = [f"{found[key]:.1f}" if key in COUNTS else per_cent(found[key]) for key in columns]
+        arms.append([arm, ", ".join(map(per_cent, found["accuracy"])), *cells, ", ".join(steps)])
+    votes = [["majority of n rollouts", *next(iter(data["majority"].values()), ())]]
+    for arm, by_n in data["majority"].items():
+        votes.append([arm, *(", ".join(map(per_cent, accuracies)) for accuracies in by_n.values())])
+    return "\n\n".join(lines(table) for table in (claims, arms, votes) if len(table) > 1) + "\n"
 
 
 def cost(out: Path) -> dict[str, Any]:
@@ -304,7 +309,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     module, _, name = options.source.rpartition(".")
-    text, data = report(Sweep(options.out), getattr(import_module(module), name)())
+    data = measure(Sweep(options.out), getattr(import_module(module), name)())
+    text = tables(data)
     if spent := cost(options.out):
         data["cost"] = spent
         shown = (f"{key} {value:.0f}" if isinstance(value, float) else f"{key} {value}" for key, value in spent.items())

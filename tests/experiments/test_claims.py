@@ -208,7 +208,8 @@ def test_votes_are_tabled_by_the_number_of_rollouts(tmp_path):
         shutil.copytree(folder / "greedy", folder / "search")
         rows = {n: {"majority": {"accuracy": share + seed / 10}} for n, share in (("1", 0.5), ("16", 0.75))}
         (folder / "results.json").write_text(json.dumps({"rollouts": rows}))
-    text, data = table.report(table.Sweep(tmp_path), Countdown())
+    data = table.measure(table.Sweep(tmp_path), Countdown())
+    text = table.tables(data)
     assert data["majority"] == {"rl": {"1": [0.5, 0.6], "16": [0.75, 0.85]}}
     assert text.splitlines()[-3:] == [
         "| majority of n rollouts | 1 | 16 |",
@@ -223,7 +224,7 @@ def test_a_claim_of_steps_is_about_the_checker_and_needs_enough_of_them(tmp_path
     for seed in (0, 1):
         evaluated(tmp_path / f"seed-{seed}" / "evaluate_rl", [i < 18 + seed for i in range(20)], checks=checks)
         evaluated(tmp_path / f"seed-{seed}" / "evaluate_orm", [i < 8 for i in range(20)], checks=checks)
-    _, data = table.report(table.Sweep(tmp_path), Countdown())
+    data = table.measure(table.Sweep(tmp_path), Countdown())
     found = {claim["steps"]: claim for claim in data["claims"]}
     assert set(found) == ({"", "verify"} if asked else {""})
     if asked:
@@ -272,6 +273,14 @@ def test_an_arm_trains(tmp_path, arm, monkeypatch):
     args += ["--trainer.expander.init_args.rollouts=3", "--trainer.expander.init_args.max_tokens=40"]
     assert main(args) == 0
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("world", ["countdown", "arithmetic", "countdown4"])
+def test_the_page_says_what_is_recorded(world):
+    page = (ROOT / "experiments/claims/README.md").read_text().splitlines()
+    data = json.loads((ROOT / f"experiments/claims/results/{world}.json").read_text())
+    rows = table.tables(data).splitlines()
+    assert len(data["claims"]) > 5 and not {*rows} - {*page, ""}
 
 
 def test_the_picture_shows_each_recorded_claim_in_its_world(tmp_path, monkeypatch):
