@@ -65,7 +65,7 @@ CLAIMS = (
     Claim("RL needs the warm-up", "rl", "no_warmup"),
     Claim("verify and refine help, masked at inference", "rl", "rl_masked"),
     Claim("verify and refine help, masked in training, too", "rl", "no_checks"),
-    Claim("tokens that search forces beat tokens that it draws", "legal", "rl"),
+    Claim("the paper's tree, of forced tokens, beats a tree of drawn ones", "legal", "rl"),
     Claim("forced tokens are better kept than masked", "legal", "legal_masked"),
     Claim("tags as rows of the vocabulary beat tags as text, after SFT", "sft", "sft_text"),
     Claim("tags as rows of the vocabulary beat tags as text, after RL by sampling", "sampling", "text"),

@@ -244,19 +244,19 @@ def length_growth(trends: Trends) -> str | None:
 
 
 def prm_gaming(trends: Trends) -> str | None:
-    """More checks, and more reward on them; no more repairs (wrong → right minus right → wrong), no gain in accuracy."""
+    """More checks, more reward on them and no more repairs (wrong → right minus right → wrong); or checks that score higher, which
+    a centred reward does not show, and fewer repairs. No gain in accuracy."""
     checks, repairs = trends.changed("functional_tokens/verify"), trends.changed("repair/net")
     if not checks or not repairs or trends.better():
         return None
-    more = trends.rises("functional_tokens/verify", (trends.limits.more_checks - 1) * checks.start)
-    paid = trends.rises("rewards/verify", trends.limits.gain)
-    if (
-        more
-        and paid
-        and repairs.now - repairs.start <= max(trends.limits.gain, trends.limits.sigmas / 2 * repairs.error)
-    ):
-        reward = trends["rewards/verify"]
-        return f"verify {checks} an answer, reward on it {reward}, repairs {repairs}, accuracy {trends['accuracy']}"
+    limits, gained = trends.limits, repairs.now - repairs.start
+    real = max(limits.gain, limits.sigmas / 2 * repairs.error)
+    more = trends.rises("functional_tokens/verify", (limits.more_checks - 1) * checks.start)
+    found = f"verify {checks} an answer, {{}}, repairs {repairs}, accuracy {trends['accuracy']}"
+    if more and trends.rises("rewards/verify", limits.gain) and gained <= real:
+        return found.format(f"reward on it {trends['rewards/verify']}")
+    if trends.rises("step_scores/verify", limits.gain) and gained < -real:
+        return found.format(f"score of it {trends['step_scores/verify']}")
     return None
 
 

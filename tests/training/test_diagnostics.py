@@ -77,6 +77,16 @@ def test_the_recorded_gameable_prm_rings_its_own_alarm_alone():
     )
 
 
+def test_a_recorded_prm_that_comes_to_score_checks_higher_rings_though_its_reward_is_centred():
+    rows = read_history(RECORDED / "own-prm-1.jsonl")
+    (alarm,) = diagnose(rows).alarms
+    assert (alarm.name, alarm.until, alarm.symptoms) == ("prm_gaming", None, ())
+    assert "score of it 0.32" in alarm.evidence
+    paid = {"rewards/verify": rows[0]["rewards/verify"]}  # as many checks for the same pay are none of it
+    for name in ("repair/net", "step_scores/verify"):  # each alone is none
+        assert names([row | paid | {name: rows[0][name]} for row in rows]) == []
+
+
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("path", HEALTHY, ids=lambda path: path.stem)
 def test_noise_does_not_ring(path, seed):
