@@ -59,9 +59,13 @@ CLAIMS = (
     Claim("the process reward keeps verify's verdicts right", "rl", "orm", steps="verify"),
     Claim("the process reward keeps refine's steps right, and new", "rl", "orm", steps="refine"),
     Claim("the process reward keeps finishing steps right, and new", "rl", "orm", steps="direct_answer"),
-    Claim("outcome and a process reward model of one's own beat the outcome alone", "rl_prm", "orm"),
-    Claim("the process reward model keeps verify's verdicts right", "rl_prm", "orm", steps="verify"),
-    Claim("the process reward model keeps refine's steps right, and new", "rl_prm", "orm", steps="refine"),
+    Claim("a learned PRM's value, of all steps, beats the outcome alone", "rl_prm", "orm"),
+    Claim("a learned PRM's value keeps verify's verdicts right", "rl_prm", "orm", steps="verify"),
+    Claim("a learned PRM's value keeps refine's steps right, and new", "rl_prm", "orm", steps="refine"),
+    Claim("a learned PRM's progress, checks unpaid, beats the outcome alone", "rl_progress", "orm"),
+    Claim(
+        "a learned PRM's progress, checks unpaid, keeps verify's verdicts right", "rl_progress", "orm", steps="verify"
+    ),
     Claim("RL needs the warm-up", "rl", "no_warmup"),
     Claim("verify and refine help, masked at inference", "rl", "rl_masked"),
     Claim("verify and refine help, masked in training, too", "rl", "no_checks"),

@@ -258,13 +258,13 @@ def test_each_command_of_a_world_is_understood(overlay, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["rejection", "random", "format_only", "no_checks", "text", "legal", "prm"])
+@pytest.mark.parametrize("arm", ["rejection", "random", "format_only", "no_checks", "text", "legal", "prm", "progress"])
 def test_an_arm_trains(tmp_path, arm, monkeypatch):
     monkeypatch.chdir(ROOT)
     base = "pkg:tiny/checkpoints/countdown"
     args = ["rl", "fit", "--config=configs/tiny/rl.yaml", f"--config=experiments/claims/rl_{arm}.yaml"]
     args += [f"--model.model={base}", f"--trainer.out={tmp_path}", "--trainer.max_steps=2"]
-    if arm == "prm":
+    if arm in ("prm", "progress"):
         model, tokenizer = load_model(base, auto=AutoModelForTokenClassification, num_labels=2)
         add_functional_tokens(model, tokenizer, TokenTable.from_yaml())
         save(model, tokenizer, tmp_path / "prm")
