@@ -50,6 +50,8 @@ def draw(tables: dict[str, dict[str, dict]]) -> pyplot.Figure:
             axis.plot([100 * claim["low"], 100 * claim["high"]], [place, place], color=colour, lw=2)
             axis.plot([100 * gain for gain in claim["seeds"]], [place] * len(claim["seeds"]), "|", color=colour, ms=5)
             axis.plot(100 * claim["mean"], place, "o", color=colour, ms=5)
+        axis.set_xscale("symlog", linthresh=10)  # 2 and 90 points are both to be read
+        axis.set_xticks((-50, -10, -5, 0, 5, 10, 50), ("-50", "-10", "-5", "0", "5", "10", "50"), fontsize=8)
         axis.set(title=world, xlabel="gain, points")
         axis.set_yticks(range(len(texts)), texts, fontsize=8)
         axis.grid(axis="y", lw=0.3)
