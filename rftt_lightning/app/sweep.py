@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -27,6 +28,9 @@ from rftt_lightning.core.contracts import UserError
 
 POLL = 0.2
 """Seconds between looks at the commands that run."""
+
+TAKEN = ("here", "out", "seed", "logs")
+"""What a stage may not be called."""
 
 PROGRAMS = {"rftt": (sys.executable, "-m", "rftt_lightning"), "python": (sys.executable,)}
 """What the first word of a command may be, and what it stands for."""
@@ -117,6 +121,9 @@ def expand(
     nothing, for variables that are named nowhere, and for stages that need each other."""
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"seeds is {list(seeds)}; give one or more, each once")
+    for stage in stages:  # a folder's name, which --again deletes
+        if not re.fullmatch(r"[a-z_]\w*", stage, re.ASCII | re.IGNORECASE) or stage in TAKEN:
+            raise UserError(f"stage {stage!r}: give it a name of letters, digits and _, none of {', '.join(TAKEN)}")
     texts = [*stages.values(), *map(str, variables.values())]
     stages = {stage: _filled(stage, line, variables) for stage, line in stages.items()}
     names = {stage: _names(stage, line) for stage, line in stages.items()}

@@ -102,6 +102,12 @@ def test_a_variable_may_be_several_words_and_name_stages_and_variables():
         ({"a": "rftt search --out $b", "b": "rftt search --out $a"}, "need each other: "),
         ({"a": "rftt search --out $a"}, "need each other: a <- a"),
         ({"a": "rftt search --out $elsewhere"}, r"\$elsewhere is no stage, none of variables \(n\)"),
+        ({"../a": "rftt search"}, r"stage '../a': give it a name of letters"),
+        ({"": "rftt search"}, "stage '': give it a name of letters"),
+        (
+            {"logs": "rftt search"},
+            "stage 'logs': give it a name of letters, digits and _, none of here, out, seed, logs",
+        ),
         ({"a": "rm -rf $here"}, "a must begin with rftt or python"),
         ({"a": ""}, "a must begin with rftt or python"),
         ({"a": "rftt 'search"}, "No closing quotation"),
