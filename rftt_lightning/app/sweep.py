@@ -249,6 +249,8 @@ class Sweeper:
                         f"[{run.stage}], which deletes it and what builds on it"
                     )
             self.forget(fresh)
+            for name in anew:
+                shutil.rmtree(self.out / name, ignore_errors=True)
             self.work()
         for name in self.failed:
             print(f"{name} failed; its output is in {self.out / 'logs'}", file=sys.stderr)
@@ -263,14 +265,11 @@ class Sweeper:
         self.done = known.get("done", {})
 
     def forget(self, names: Collection[str]) -> None:
-        """Delete what these runs wrote; they are not done any more."""
-        if known := [name for name in names if name in self.seconds]:
-            for name in known:
-                self.done.pop(name, None)
-                del self.seconds[name]
-            self.write()  # before it is true: what is interrupted here is run again
+        """Write down that these runs are not done any more."""
         for name in names:
-            shutil.rmtree(self.out / name, ignore_errors=True)
+            self.done.pop(name, None)
+            self.seconds.pop(name, None)
+        self.write()
 
     def work(self) -> None:
         """Begin what is ready and wait for it, until nothing is."""

@@ -173,7 +173,7 @@ def test_what_is_done_is_not_run_again_and_other_settings_are_refused(tmp_path):
 
 
 def test_a_stage_may_be_run_again_with_what_builds_on_it(tmp_path):
-    """What names $out is run again after anything else was, and reads what is there."""
+    """What names $out is run again after anything else was, though it is the first in the plan, and reads what is there."""
     write = f"python -c \"import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.mkdir(parents=True); (p / 'x').touch(); open('{tmp_path / 'ran'}', 'a').write(sys.argv[2] + ' ')\" $here"
     stages = {
         "base": f"{write} base",
@@ -181,9 +181,10 @@ def test_a_stage_may_be_run_again_with_what_builds_on_it(tmp_path):
         "eval": f"{write} eval-$seed $arm",
         "other": f"{write} other $base",
     }
-    stages["table"] = f"{write} table $out"
-    assert wait(sweep(tmp_path, {"stages": stages, "lanes": 1}, "--only", "[other,table]"))[0] == 0
+    stages["all"] = f"{write.replace('parents=True', 'parents=True, exist_ok=True')} table $out"
+    assert wait(sweep(tmp_path, {"stages": stages, "lanes": 1}, "--only", "[other,all]"))[0] == 0
     assert ran(tmp_path) == ["base", "other", "table"]
+    (tmp_path / "out" / "all" / "mine").touch()
     assert wait(sweep(tmp_path, {"stages": stages, "lanes": 1}))[0] == 0
     first = ["base", "other", "table", "arm-0", "eval-0", "table"]
     assert ran(tmp_path) == first
@@ -200,8 +201,9 @@ def test_a_stage_may_be_run_again_with_what_builds_on_it(tmp_path):
         code, _, err = wait(sweep(tmp_path, {"stages": stages, "lanes": 1}, *options))
         assert code == 0, err
         assert ran(tmp_path) == [*first, "new-0", "eval-0", "table"]
+    assert (tmp_path / "out" / "all" / "mine").exists()  # nobody asked for that to be deleted
     known = json.loads((tmp_path / "out" / "stages.json").read_text())
-    assert set(known["done"]) == set(known["seconds"]) == {"base", "other", "seed-0/arm", "seed-0/eval", "table"}
+    assert set(known["done"]) == set(known["seconds"]) == {"base", "other", "seed-0/arm", "seed-0/eval", "all"}
 
 
 def test_a_config_that_is_edited_while_its_stage_runs_counts_as_it_was(tmp_path):
