@@ -16,6 +16,8 @@ def whiten(values: list[list[float]], mask: list[list[float]], center: bool, eps
     kept = [v for row, keep in zip(values, mask, strict=True) for v, k in zip(row, keep, strict=True) if k]
     mean = sum(kept) / max(len(kept), 1)
     std = math.sqrt(sum((v - mean) ** 2 for v in kept) / max(len(kept), 1))
+    if std < 1e-12 * abs(mean):
+        return [[0.0] * len(row) for row in values]
     shift = mean if center else 0.0
     return [
         [(v - shift) / (std + eps) if k else 0.0 for v, k in zip(row, keep, strict=True)]

@@ -46,6 +46,7 @@ class Provenance(IntEnum):
     SAMPLED = 0
     ARGMAX = 1  # the policy's favourite functional token, followed in simulation
     UCT = 2  # tree search chose this functional token
+    PROMPT = 3  # nobody: the question, and padding
 
 
 class Finish(StrEnum):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 from rftt_lightning.core.contracts import UserError
@@ -33,12 +34,22 @@ class LoRA:
             raise UserError(f"model.lora is out of range: {self}; need rank >= 1 and alpha > 0")
 
 
+def without_dropout(model: torch.nn.Module) -> None:
+    """Switch off what the architecture drops at random while it trains, whole layers, too: a policy is the one that was sampled
+    from, so its probability ratio begins at one. The configuration is left as it is."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(module, _DropoutNd))):
+                setattr(module, name, 0.0)
+
+
 def adapt(model: PreTrainedModel, rows: Sequence[int], trainable: str, lora: LoRA, seed: int = 0) -> Any:
     """Freeze ``model`` but for what is ``trainable``, in place; returns the peft model around it, None for "all".
 
     ``rows`` of the input and, if untied, of the output embedding are trained as parameters of their own, [len(rows), hidden], so
-    that weight decay moves no other row. What is trained is in float32, whatever the model is in; it starts as the model is. Raises
-    :class:`UserError` for an unknown ``trainable``, or if the model has no layers of the names in ``lora``.
+    that weight decay moves no other row; LoRA does without any (tags that are text have none). What is trained is in float32,
+    whatever the model is in; it starts as the model is. Raises :class:`UserError` for an unknown ``trainable``, or if the model has
+    no layers of the names in ``lora``.
     """
     if trainable not in TRAINABLE:
         raise UserError(f"model.trainable is {trainable!r}; use {', '.join(TRAINABLE[:-1])} or {TRAINABLE[-1]}")
@@ -58,7 +69,7 @@ def adapt(model: PreTrainedModel, rows: Sequence[int], trainable: str, lora: LoR
             r=lora.rank,
             lora_alpha=lora.alpha,
             target_modules=lora.targets,
-            trainable_token_indices={name: list(rows) for name in layers},
+            trainable_token_indices={name: list(rows) for name in layers} if rows else None,
             task_type="CAUSAL_LM",
         )
     else:

@@ -18,7 +18,12 @@ Reduce = Callable[[Tensor], Tensor]
 """Sum of a tensor over all ranks; the identity in a single process."""
 
 EPS = 1e-6
-"""Added to standard deviations: what has no spread has no advantage."""
+"""Added to standard deviations. What has no spread has no advantage, and what differs by :func:`rounding` alone has none."""
+
+
+def rounding(value: Tensor) -> Tensor:
+    """How far apart numbers of this size may come out that ought to be equal: some units in the last place."""
+    return 32 * torch.finfo(value.dtype).eps * value.abs()
 
 
 def take(logp_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
@@ -46,9 +51,14 @@ def kl_penalty(logp_BT: Tensor, reference_BT: Tensor, kind: str = "k1") -> Tenso
     ====  ==================================================  =================================================
     """
     k1 = logp_BT - reference_BT
-    if kind == "k1":
-        return k1
-    return k1.square() / 2 if kind == "k2" else (-k1).exp() - 1 + k1
+    match kind:
+        case "k1":
+            return k1
+        case "k2":
+            return k1.square() / 2
+        case "k3":
+            return (-k1).exp() - 1 + k1
+    raise ValueError(f"no KL estimate {kind!r}")
 
 
 def segment_ends(node_BT: Tensor) -> Tensor:
@@ -76,13 +86,15 @@ def whiten(
     value_BT: Tensor, mask_BT: Tensor, reduce: Reduce = lambda x: x, center: bool = True, eps: float = EPS
 ) -> Tensor:
     """(x - mean) / (std + eps) with the population moments of ALL response tokens of the global batch (arXiv 2501.03262, eq.
-    8); 0 outside the mask. Without ``center`` the mean is not subtracted (group means were already)."""
+    8); 0 outside the mask, and everywhere if all are equal. Without ``center`` the mean is not subtracted (group means were
+    already)."""
     value_BT = value_BT * mask_BT
     count, total = reduce(torch.stack([mask_BT.sum(), value_BT.sum()]))
     mean = total / count.clamp(min=1)
     square = reduce(((value_BT - mean) * mask_BT).square().sum())
     std = (square / count.clamp(min=1)).sqrt()
-    return (value_BT - (mean if center else 0.0)) / (std + eps) * mask_BT
+    scaled_BT = (value_BT - (mean if center else 0.0)) / (std + eps) * mask_BT
+    return torch.where(std > rounding(mean), scaled_BT, 0.0)
 
 
 # -- advantages of a rollout among those of its problem --------------------------------------------------------------------
@@ -90,12 +102,13 @@ def whiten(
 
 def subtract_group_mean(value_B: Tensor, group_B: Tensor, leave_one_out: bool = False) -> Tensor:
     """Each row's value minus the mean of its problem's rows (REINFORCE++-baseline, arXiv 2501.03262; Dr. GRPO, arXiv
-    2503.20783), or of the other ones (RLOO, arXiv 2402.14740); a row that is alone in its group becomes 0."""
+    2503.20783), or of the other ones (RLOO, arXiv 2402.14740, x_i - sum over j != i of x_j / (n - 1)). A row that is alone in its
+    group becomes 0, and so do all of a group whose rows are equal."""
     sums, sizes = _sums(value_B, group_B)
-    if not leave_one_out:
-        return value_B - (sums / sizes.clamp(min=1))[group_B]
-    others = (sums[group_B] - value_B) / (sizes[group_B] - 1).clamp(min=1)
-    return torch.where(sizes[group_B] > 1, value_B - others, 0.0)
+    alone, means = int(leave_one_out), sums[group_B] - (value_B if leave_one_out else 0.0)
+    away_B = value_B - means / (sizes[group_B] - alone).clamp(min=1)
+    low_B, high_B = _range(value_B, group_B)
+    return torch.where(high_B > low_B, away_B, 0.0)
 
 
 def normalise_groups(value_B: Tensor, group_B: Tensor, eps: float = EPS) -> Tensor:
@@ -103,6 +116,17 @@ def normalise_groups(value_B: Tensor, group_B: Tensor, eps: float = EPS) -> Tens
     away_B = subtract_group_mean(value_B, group_B)
     squares, sizes = _sums(away_B.square(), group_B)
     return away_B / ((squares / sizes.clamp(min=1)).sqrt() + eps)[group_B]
+
+
+def _range(value_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value of each row's group; the same number twice if they differ by rounding alone."""
+    groups = int(group_B.max()) + 1 if len(group_B) else 0
+    none = torch.zeros(groups, dtype=value_B.dtype, device=value_B.device)
+    low_B, high_B = (
+        none.scatter_reduce(0, group_B, value_B, how, include_self=False)[group_B] for how in ("amin", "amax")
+    )
+    size_B = torch.maximum(low_B.abs(), high_B.abs())
+    return low_B, torch.where(high_B - low_B > rounding(size_B), high_B, low_B)
 
 
 def _sums(value_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,9 +140,11 @@ def _sums(value_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Forest(NamedTuple):
-    """What rollouts say of the nodes that they pass: number of rollouts, their mean worth, the parent, the root. The root of
-    group g is node ``N - groups + g``, its own parent; ``row`` and ``node`` list the nodes of each row from the top down."""
+    """What rollouts say of the nodes that they pass. ``total_B``: by how much each is better than its problem's worst, all 0 if
+    they are equal; of each node the number of rollouts, their mean ``total``, the parent, the root. The root of group g is node
+    ``N - groups + g``, its own parent; ``row`` and ``node`` list the nodes of each row from the top down."""
 
+    total_B: Tensor
     count_N: Tensor
     worth_N: Tensor
     parent_N: Tensor
@@ -130,6 +156,8 @@ class Forest(NamedTuple):
 def forest(total_B: Tensor, node_BT: Tensor, group_B: Tensor) -> Forest:
     """The trees of a batch, with the worth ``total_B`` of its rollouts backed up: W / N of the search, over those rollouts that
     are in the batch and what training pays for them."""
+    low_B, high_B = _range(total_B, group_B)
+    total_B = torch.where(high_B > low_B, total_B - low_B, 0.0)
     roots, rows = int(node_BT.max()) + 1 + group_B, torch.arange(len(group_B), device=group_B.device)
     before_BT = torch.nn.functional.pad(node_BT[:, :-1], (1, 0), value=-1)
     first_BT = (node_BT >= 0) & (node_BT != before_BT)
@@ -141,7 +169,7 @@ def forest(total_B: Tensor, node_BT: Tensor, group_B: Tensor) -> Forest:
     worth_N = torch.zeros(size, dtype=total_B.dtype, device=total_B.device).index_add_(0, passed, total_B[through])
     parent_N = torch.arange(size, device=group_B.device).index_copy_(0, node, above)
     root_N = torch.arange(size, device=group_B.device).index_copy_(0, node, roots[row])
-    return Forest(count_N, worth_N / count_N.clamp(min=1), parent_N, root_N, row, node)
+    return Forest(total_B, count_N, worth_N / count_N.clamp(min=1), parent_N, root_N, row, node)
 
 
 def treerl(total_B: Tensor, node_BT: Tensor, group_B: Tensor) -> Tensor:
@@ -169,12 +197,86 @@ def treepo(total_B: Tensor, node_BT: Tensor, group_B: Tensor) -> Tensor:
     shared = trees.count_N[trees.node] > 1
     row, node = trees.row[shared], trees.node[shared]
     sums_B = trees.worth_N[-int(group_B.max()) - 1 :][group_B].index_add(0, row, trees.worth_N[node])
-    return total_B - sums_B / (1 + torch.bincount(row, minlength=len(total_B)))
+    return trees.total_B - sums_B / (1 + torch.bincount(row, minlength=len(total_B)))
 
 
 def _spread(value_N: Tensor, node_BT: Tensor) -> Tensor:
     """Each node's value on its tokens, 0 elsewhere."""
     return torch.where(node_BT >= 0, value_N[node_BT.clamp(min=0)], 0.0)
+
+
+# -- advantages by name ----------------------------------------------------------------------------------------------------
+
+ADVANTAGES = (
+    *("return", "reinforce++", "reinforce++-baseline"),
+    *("grpo", "dr.grpo", "rloo", "treerl", "treepo", "siblings"),
+)
+
+
+def advantages(
+    name: str,
+    rewards_BT: Tensor,
+    penalty_BT: Tensor,
+    mask_BT: Tensor,
+    node_BT: Tensor,
+    group_B: Tensor,
+    gamma: float = 1.0,
+    gamma_per: str = "token",
+    reduce: Reduce = lambda x: x,
+) -> Tensor:
+    """Advantages [B, T] of one of :data:`ADVANTAGES`, 0 outside the response. ``rewards_BT`` are paid at the ends of segments,
+    ``penalty_BT``, the weighted KL, is taken off every token. G is the return-to-go of a token, R that of a row's first, n the
+    number of rollouts of its problem. A row without response tokens is no rollout of its problem.
+
+    * ``return``: G as it is. With rewards of 1 and 0 at the answer and no KL the loss is that of SFT on the right rollouts alone:
+      on-policy rejection sampling (RAFT, arXiv 2304.06767; its clipped form is RAFT++ of arXiv 2504.11343).
+    * ``reinforce++``: (G - mean) / (std + eps) over the tokens of the global batch (arXiv 2501.03262, eq. 8).
+    * ``reinforce++-baseline``: G less the problem's mean total reward, by (std + eps) over the tokens of the global batch. OpenRLHF
+      also subtracts the mean over tokens, which is not 0 where right and wrong rollouts differ in length. The problem's mean
+      leaves the penalty out. The paper's own has a k2 loss beside the policy's (arXiv 2501.03262, the variant with a group mean).
+      It is written for one reward at the end. Steps that are paid before it should be centred: a token late in the path has
+      less to come than the mean of whole paths, so that equal rollouts of steps paid 1 have advantages 0, -1, -2, ...
+    * ``grpo``: (R - mean) / (std + eps) among the problem's rollouts (arXiv 2402.03300, sec. 4.1.2). ``dr.grpo``: R - mean (arXiv
+      2503.20783). ``rloo``: R - mean of the n - 1 OTHER rollouts (arXiv 2402.14740).
+    * ``treerl``: :func:`treerl`. ``siblings``: :func:`siblings`. ``treepo``: :func:`treepo`, then as reinforce++. Means are over
+      the rollouts that search made: where it chose among children, they are those of its choices, not of the policy alone.
+    """
+    if name not in ADVANTAGES:
+        raise ValueError(f"no advantage {name!r}")
+    live_B = mask_BT.sum(1) > 0
+    if live_B.any() and not live_B.all():
+        some = rewards_BT[live_B], penalty_BT[live_B], mask_BT[live_B], node_BT[live_B], group_B[live_B]
+        out_BT = torch.zeros_like(rewards_BT)
+        out_BT[live_B] = advantages(name, *some, gamma, gamma_per, reduce)
+        return out_BT
+    if name == "reinforce++-baseline":  # off the last response token, so that it reaches all of them
+        total_B = rewards_BT.sum(1)
+        offset_B = subtract_group_mean(total_B, group_B) - total_B
+        rewards_BT = rewards_BT.scatter_add(1, last_positions(mask_BT)[:, None], offset_B[:, None])
+    ends_BT = segment_ends(node_BT) if gamma_per == "segment" else None
+    returns_BT = returns_to_go(rewards_BT - penalty_BT * mask_BT, gamma, ends_BT)
+    if name.startswith("reinforce++"):
+        return whiten(returns_BT, mask_BT, reduce, center=name == "reinforce++")
+    if name == "return":
+        return returns_BT * mask_BT
+    total_B = returns_BT.gather(1, mask_BT.argmax(1, keepdim=True))[:, 0]
+    match name:
+        case "treerl":
+            return treerl(total_B, node_BT, group_B) * mask_BT
+        case "siblings":
+            return siblings(total_B, node_BT, group_B) * mask_BT
+        case "treepo":
+            return whiten(treepo(total_B, node_BT, group_B)[:, None] * mask_BT, mask_BT, reduce)
+        case "grpo":
+            gain_B = normalise_groups(total_B, group_B)
+        case _:
+            gain_B = subtract_group_mean(total_B, group_B, leave_one_out=name == "rloo")
+    return gain_B[:, None] * mask_BT
+
+
+def last_positions(mask_BT: Tensor) -> Tensor:
+    """Index [B] of each row's last response position."""
+    return mask_BT.shape[1] - 1 - mask_BT.flip(1).argmax(1)
 
 
 # -- weights and losses ----------------------------------------------------------------------------------------------------
@@ -184,6 +286,8 @@ def aggregate(weight_BT: Tensor, kind: str = "token", length: int = 1) -> tuple[
     """Share of each token in the loss, and what the sum is to be divided by once it is summed over all ranks. ``token``: mean
     over tokens (arXiv 2503.14476); ``sequence``: mean over sequences of their means (arXiv 2402.03300, eq. 3);
     ``constant``: sum over tokens by ``length``, mean over sequences (arXiv 2503.20783). A sequence without weight is none."""
+    if kind not in ("token", "sequence", "constant"):
+        raise ValueError(f"no aggregation {kind!r}")
     total_B = weight_BT.sum(1)
     if kind == "token":
         return weight_BT, total_B.sum()
@@ -199,7 +303,9 @@ def importance(old_BT: Tensor, behaviour_BT: Tensor, kind: str = "none", cap: fl
     ratio_BT = (old_BT - behaviour_BT).exp()
     if kind == "truncated":
         return ratio_BT.clamp(max=cap)
-    return ratio_BT.masked_fill((ratio_BT < 1 / cap) | (ratio_BT > cap), 0.0)
+    if kind == "masked":
+        return ratio_BT.masked_fill((ratio_BT < 1 / cap) | (ratio_BT > cap), 0.0)
+    raise ValueError(f"no importance correction {kind!r}")
 
 
 def sampler_gap(old_BT: Tensor, behaviour_BT: Tensor, sampled_BT: Tensor, reduce: Reduce = lambda x: x) -> Tensor:

@@ -76,7 +76,7 @@ class PRMBatch:
 
 def mc_values(tree: Tree, estimate: str) -> list[float | None]:
     """For each node, the mean outcome (1 right, 0 not) of the rollouts through it (``soft``), or 1 if any of them ended right, else
-    0 (``hard``): arXiv 2312.08935, eq. 3 and 4. None where no rollout has a verdict; those whose verdict timed out do not count."""
+    0 (``hard``): arXiv 2312.08935, sec. 3.3. None where no rollout has a verdict; those whose verdict timed out do not count."""
     right, count = [0] * len(tree), [0] * len(tree)
     for leaf, score in tree.leaves:
         if score.verdict.status is not Status.TIMED_OUT:
@@ -165,8 +165,9 @@ class ValueDataModule(OrderedData):
         trees: stores written by ``rftt search``.
         source: the trees' domain, if it has an exact step checker to compare with; null: none.
         estimate: of a node's value: ``soft``, the mean outcome of its rollouts, or ``hard``, whether any ended right.
-        min_visits: rollouts through a node from which on it is learned. 1 takes all: values of few rollouts are noisy, but not
-            biased, and the model averages over nodes.
+        min_visits: rollouts through a node from which on it is learned. 1 takes all: values of few rollouts are noisy, and the
+            model averages over nodes. They are of the policy where trees were grown by ``mode: sample``; a search sends more
+            rollouts to what looks better, so that its values are those of its choices.
         batch_tokens: positions in one forward pass of one device.
         max_length: longer paths (question included, in tokens) are dropped, and counted.
         val_fraction: share of problems, chosen by a hash of their ids, that is kept for validation.
@@ -387,8 +388,8 @@ def measure(held: Sequence[Held]) -> dict[str, float]:
     whose verdict came in time, against how it ended; AUC of that, ``auc_outcome``. Against the exact checker, over the steps that
     it judges, each node once: ``auc_value`` of the value said after the step and ``auc_step`` of what the step keeps of the value
     before it (:func:`relative`), also by tag, and up to the ``first_error`` of a path, where people stop labelling (arXiv
-    2305.20050), as a path that went wrong is worth little however right its next step is. An AUC with one class only is left
-    out."""
+    2305.20050), as a path that went wrong is worth little however right its next step is. A step is right from a score of 0.5
+    on; an AUC with one class only is left out."""
     said, ended = _endings(held)
     bounded = said.clamp(1e-6, 1 - 1e-6)
     found = {
@@ -400,7 +401,7 @@ def measure(held: Sequence[Held]) -> dict[str, float]:
     parts |= {f"/{tag}": [row for row in rows if row.tag == tag] for tag in sorted({row.tag for row in rows})}
     columns = {"auc_outcome": (said.tolist(), ended.tolist())}
     for name, part in parts.items():
-        labels = [row.check for row in part]
+        labels = [float(row.check >= 0.5) for row in part]
         columns[f"auc_step{name}"] = ([row.kept for row in part], labels)
         columns[f"auc_value{name}"] = ([row.value for row in part], labels)
     for name, (scores, labels) in columns.items():

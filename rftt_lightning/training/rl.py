@@ -21,7 +21,7 @@ from rftt_lightning.core.contracts import Provenance, Rollout, UserError
 from rftt_lightning.core.paths import resolve
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.policy import logprobs, objectives
-from rftt_lightning.policy.adapters import LoRA, adapt
+from rftt_lightning.policy.adapters import LoRA, adapt, without_dropout
 from rftt_lightning.policy.hf import digest
 from rftt_lightning.policy.vocab import Vocabulary, add_functional_tokens, end_ids, load
 
@@ -68,7 +68,7 @@ class RLBatch:
     def split(self, rows: int) -> Iterator[tuple[Tensor, RLBatch]]:
         """Micro-batches of at most ``rows`` rows of like length, each with the numbers of its rows, and without the columns that
         are padding in all of them."""
-        length_B, width = last_positions(self.mask_BT) + 1, self.mask_BT.shape[1]
+        length_B, width = objectives.last_positions(self.mask_BT) + 1, self.mask_BT.shape[1]
         for index in length_B.argsort(stable=True).split(rows):
             spare = width - int(length_B[index].max())
             part = self.rows(index)
@@ -82,7 +82,8 @@ def collate(rollouts: Sequence[Rollout], vocabulary: Vocabulary) -> RLBatch:
     width = max(len(r.prompt) + r.length for r in rollouts)
     tokens = torch.zeros(len(rollouts), width, dtype=torch.long)
     mask, behaviour, rewards = (torch.zeros(len(rollouts), width - 1) for _ in range(3))
-    states, provenance = (torch.zeros(len(rollouts), width - 1, dtype=torch.long) for _ in range(2))
+    states = torch.zeros(len(rollouts), width - 1, dtype=torch.long)
+    provenance = torch.full((len(rollouts), width - 1), int(Provenance.PROMPT))
     node, numbers = torch.full((len(rollouts), width - 1), -1), defaultdict[tuple[Any, int], int](lambda: len(numbers))
     for row, rollout in enumerate(rollouts):
         response = [token for segment in rollout.segments for token in segment.tokens]
@@ -117,10 +118,7 @@ MEASURED = ("loss", "clip_fraction", "entropy", "approx_kl")
 """What :meth:`RLModule.forward` measures besides the loss it returns."""
 
 CHOICES = {
-    "advantage": (
-        *("return", "reinforce++", "reinforce++-baseline"),
-        *("grpo", "dr.grpo", "rloo", "treerl", "treepo", "siblings"),
-    ),
+    "advantage": objectives.ADVANTAGES,
     "kl": ("k1", "k2", "k3"),
     "kl_in": ("reward", "loss"),
     "gamma_per": ("token", "segment"),
@@ -150,27 +148,14 @@ class _Scorer(nn.Module):
 class RLModule(lightning.LightningModule):
     """REINFORCE++ (arXiv 2501.03262) and its relatives on rollouts of functional-token-guided search.
 
-    Named advantages; G is the return-to-go of a token (eq. 6 of that paper), R that of the first token, so of the rollout:
-
-    * ``return``: G as it is. With rewards of 1 and 0 at the answer and no KL the loss is that of SFT on the right rollouts alone:
-      on-policy rejection sampling (RAFT, arXiv 2304.06767; its clipped form is RAFT++ of arXiv 2504.11343).
-    * ``reinforce++``: G, whitened over the tokens of the global batch (arXiv 2501.03262, eq. 8).
-    * ``reinforce++-baseline``: the problem's mean reward is first taken off the last token, then G is only scaled (OpenRLHF also
-      subtracts the mean over tokens, which is not 0 where right and wrong rollouts differ in length). The problem's mean leaves a
-      KL penalty out. The paper's own has a k2 loss beside the policy's: ``kl: k2, kl_in: loss``.
-    * ``grpo``: (R - mean) / std among the problem's rollouts (arXiv 2402.03300, sec. 4.1.2; its KL is ``kl: k3, kl_in: loss``, its
-      mean ``aggregation: sequence``). ``dr.grpo``: R - mean (arXiv 2503.20783, whose mean is ``aggregation: constant``).
-      ``rloo``: R minus the mean of the OTHER rollouts (arXiv 2402.14740).
-    * ``treerl``: by segment, V its mean R over the rollouts through it: ((V - V(root)) + (V - V(parent))) / sqrt(rollouts through
-      it) (arXiv 2506.11902). ``siblings``: V normalised among the segment's siblings (arXiv 2506.05183). ``treepo``: R minus the
-      means of its subgroups, averaged, then whitened as reinforce++ (arXiv 2508.17445). Means are over the rollouts that search
-      made: where it chose among children, they are those of its choices, not of the policy alone.
+    The recipes of the papers: REINFORCE++ with its group mean has ``kl: k2, kl_in: loss``; GRPO ``kl: k3, kl_in: loss, aggregation:
+    sequence``; Dr. GRPO ``aggregation: constant``.
 
     Args:
         model: Hugging Face folder, ``pkg:`` path or hub name of the SFT model; functional tokens that it lacks are added.
         tokens: functional-token table; None is the paper's.
         init: how added rows start, see ``add_functional_tokens``.
-        advantage: one of the names above.
+        advantage: one of the names of ``objectives.advantages``.
         kl, kl_in, kl_beta: the estimate of KL(policy || reference), k1, k2 or k3; whether it is a penalty in the token rewards
             (``reward``, of all response tokens) or a ``loss`` beside the policy's, weighted as that; its weight, at least 0.
             Which of the six have a divergence's gradient says ``objectives.kl_penalty``: k1 in the reward has that of the
@@ -258,6 +243,7 @@ class RLModule(lightning.LightningModule):
             )
         self.table = TokenTable.from_yaml(resolve(tokens) if tokens else None)
         self.model, self.tokenizer = load(model, dtype, attention)
+        without_dropout(self.model)
         add_functional_tokens(self.model, self.tokenizer, self.table, init, seed or 0)
         logprobs.check_parts(self.model)
         width = self.model.get_output_embeddings().weight.shape[0]
@@ -339,33 +325,11 @@ class RLModule(lightning.LightningModule):
 
     def advantages(self, batch: RLBatch, reduce: objectives.Reduce = lambda x: x) -> Tensor:
         """Advantages [B, T] by their name, 0 outside the response."""
-        settings, name = self.hparams, self.hparams.advantage
-        rewards_BT, mask_BT, group_B = batch.rewards_BT, batch.mask_BT, batch.group_B
-        if name == "reinforce++-baseline":
-            # the mean total reward of the problem's rollouts is taken off the last response token
-            total_B = rewards_BT.sum(1)
-            offset_B = objectives.subtract_group_mean(total_B, group_B) - total_B
-            rewards_BT = rewards_BT.scatter_add(1, last_positions(mask_BT)[:, None], offset_B[:, None])
+        settings, penalty_BT = self.hparams, torch.zeros_like(batch.mask_BT)
         if settings.kl_in == "reward":
-            kl_BT = objectives.kl_penalty(batch.old_BT, batch.reference_BT, settings.kl) * mask_BT
-            rewards_BT = rewards_BT - settings.kl_beta * kl_BT
-        ends_BT = objectives.segment_ends(batch.node_BT) if settings.gamma_per == "segment" else None
-        returns_BT = objectives.returns_to_go(rewards_BT, settings.gamma, ends_BT)
-        if name.startswith("reinforce++"):
-            return objectives.whiten(returns_BT, mask_BT, reduce, center=name == "reinforce++")
-        if name == "return":
-            return returns_BT * mask_BT
-        total_B = returns_BT.gather(1, mask_BT.argmax(1, keepdim=True))[:, 0]
-        if name in ("treerl", "siblings"):
-            return getattr(objectives, name)(total_B, batch.node_BT, group_B) * mask_BT
-        if name == "treepo":
-            gain_B = objectives.treepo(total_B, batch.node_BT, group_B)
-            return objectives.whiten(gain_B[:, None] * mask_BT, mask_BT, reduce)
-        if name == "grpo":
-            gain_B = objectives.normalise_groups(total_B, group_B)
-        else:
-            gain_B = objectives.subtract_group_mean(total_B, group_B, leave_one_out=name == "rloo")
-        return gain_B[:, None] * mask_BT
+            penalty_BT = settings.kl_beta * objectives.kl_penalty(batch.old_BT, batch.reference_BT, settings.kl)
+        columns = batch.rewards_BT, penalty_BT, batch.mask_BT, batch.node_BT, batch.group_B
+        return objectives.advantages(settings.advantage, *columns, settings.gamma, settings.gamma_per, reduce)
 
     def totals(self, batch: RLBatch) -> Tensor:
         """What the loss is divided by, and the number of response tokens [2], before the sum over ranks."""
@@ -409,8 +373,3 @@ class RLModule(lightning.LightningModule):
             return settings.lr * (step + 1) / settings.warmup_steps
         part = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
         return settings.lr * (settings.final_lr + (1 - settings.final_lr) * 0.5 * (1 + math.cos(math.pi * part)))
-
-
-def last_positions(mask_BT: Tensor) -> Tensor:
-    """Index [B] of each row's last response position."""
-    return mask_BT.shape[1] - 1 - mask_BT.flip(1).argmax(1)

@@ -163,6 +163,61 @@ def test_advantages_in_groups_and_trees_equal_their_oracles(seed):
         equal(found, oracles.returns_by_segment(rewards.tolist(), node_BT.tolist(), gamma))
 
 
+def by_loops(name, rewards, penalty, node_BT, paths, groups, gamma, per):  # type: ignore[no-untyped-def]
+    """Advantages of every token by their name, from the oracles; rows of ``paths`` that are empty are no rollouts."""
+    live = [i for i, path in enumerate(paths) if path]
+    mask, rewards = [[float(k >= 0) for k in row] for row in node_BT.tolist()], [list(row) for row in rewards]
+    some = lambda column: [column[i] for i in live]  # noqa: E731
+    if name == "reinforce++-baseline":
+        totals = [sum(row) for row in some(rewards)]
+        for i, total, less in zip(live, totals, oracles.group_baseline(totals, some(groups), False), strict=True):
+            rewards[i][max(t for t, m in enumerate(mask[i]) if m)] += less - total
+    paid = [[r - k * m for r, k, m in zip(*rows, strict=True)] for rows in zip(rewards, penalty, mask, strict=True)]
+    returns = (
+        oracles.returns_to_go(paid, gamma)
+        if per == "token"
+        else oracles.returns_by_segment(paid, node_BT.tolist(), gamma)
+    )
+    if name == "return":
+        return [[g * m for g, m in zip(*rows, strict=True)] for rows in zip(returns, mask, strict=True)]
+    if name.startswith("reinforce++"):
+        return oracles.whiten(returns, mask, center=name == "reinforce++")
+    values = [returns[i][mask[i].index(1.0)] for i in live]
+    if name in ("treerl", "siblings"):
+        found = dict(zip(live, getattr(oracles, name)(values, some(paths), some(groups)), strict=True))
+        return on_tokens(node_BT, paths, [found.get(i, []) for i in range(len(paths))])
+    of_rollout = {
+        "grpo": lambda: oracles.grpo(values, some(groups)),
+        "dr.grpo": lambda: oracles.group_baseline(values, some(groups), leave_one_out=False),
+        "rloo": lambda: oracles.group_baseline(values, some(groups), leave_one_out=True),
+        "treepo": lambda: oracles.treepo(values, some(paths), some(groups)),
+    }[name]()
+    found = dict(zip(live, of_rollout, strict=True))
+    out = [[found.get(i, 0.0) * m for m in row] for i, row in enumerate(mask)]
+    return oracles.whiten(out, mask, center=True) if name == "treepo" else out
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_advantages_by_name_equal_their_oracles(seed):
+    """With steps paid on the way, a KL, discounts; in some batches a row is masked, and what is outside is anything."""
+    paths, groups, node_BT, worth_B = planted(seed)
+    chance = random.Random(seed)
+    if seed % 3 == 0:
+        gone = chance.randrange(len(paths))
+        paths[gone], node_BT[gone] = [], -1
+    mask_BT, generator = (node_BT >= 0).double(), torch.Generator().manual_seed(seed)
+    ends_BT = objectives.segment_ends(node_BT)
+    rewards_BT = ends_BT * torch.randn(node_BT.shape, generator=generator, dtype=torch.float64) * (seed % 4 > 0)
+    if any(paths):
+        rewards_BT += (mask_BT.cumsum(1) == mask_BT.sum(1, keepdim=True)) * mask_BT * worth_B[:, None]
+    penalty_BT = 0.1 * torch.randn(node_BT.shape, generator=generator, dtype=torch.float64)
+    gamma, per = [(1.0, "token"), (0.9, "token"), (0.9, "segment"), (0.0, "segment")][seed % 4]
+    columns = rewards_BT, penalty_BT, mask_BT, node_BT, torch.tensor(groups)
+    for name in objectives.ADVANTAGES:
+        found = objectives.advantages(name, *columns, gamma, per)
+        equal(found, by_loops(name, rewards_BT.tolist(), penalty_BT.tolist(), node_BT, paths, groups, gamma, per))
+
+
 # A tree by hand. Node 0 has the leaves 1 (worth 1) and 2 (worth 0), node 3 is a leaf (worth 0), and so is node 4 (worth 1) below
 # an only child's chain 5, all of one problem; another problem has one rollout, through 6.
 GOLDEN = torch.tensor([[0, 0, 1, -1], [0, 0, 2, 2], [3, -1, -1, -1], [-1, 5, 4, -1], [6, 6, -1, -1]])
@@ -282,17 +337,57 @@ def test_gradient_on_a_categorical_is_the_policy_gradient():
     torch.testing.assert_close(found, truth)
 
 
-def test_what_has_no_spread_has_no_advantage():
-    mask = torch.ones(3, 4)
-    assert objectives.whiten(torch.full((3, 4), 2.0), mask).abs().max() < 1e-6
+@pytest.mark.parametrize("paid", [0.1, 0.3, 0.7, 1.0, 1.1, 3.3, 7.3])
+@pytest.mark.parametrize("rows", [2, 3, 12, 16, 32])
+def test_what_has_no_spread_has_no_advantage(rows, paid):
+    """In float32, where the mean of equal numbers is another number, which a deviation as small would blow up."""
+    group_B, node_BT = torch.tensor([0] * rows + [1] * rows), torch.arange(2 * rows)[:, None].repeat(1, 3)
+    mask_BT, none_BT = torch.ones(2 * rows, 3), torch.zeros(2 * rows, 3)
+    rewards_BT = torch.tensor([0.0, 0.0, paid]).repeat(2 * rows, 1)
+    for name in objectives.ADVANTAGES[1:]:
+        found = objectives.advantages(name, rewards_BT, none_BT, mask_BT, node_BT, group_B)
+        assert found.abs().max() == 0, name
+    rewards_BT[rows:, 2] = torch.linspace(0, 1, rows)  # one problem is alive
+    for name in ("grpo", "dr.grpo", "rloo", "siblings"):
+        found = objectives.advantages(name, rewards_BT, none_BT, mask_BT, node_BT, group_B)
+        assert found[:rows].abs().max() == 0 and found[rows:, 0].abs().max() > 0.4, name
+
+
+def test_what_has_no_spread_and_no_company_is_defined():
     assert objectives.whiten(torch.randn(3, 4), torch.zeros(3, 4)).abs().max() == 0
     for leave_one_out in (True, False):
         assert objectives.subtract_group_mean(torch.tensor([5.0]), torch.tensor([0]), leave_one_out).item() == 0
-    same, group_B, alone = torch.full((5,), 0.3), torch.tensor([0, 0, 1, 1, 2]), torch.tensor([[0, 1], [0, 2], [3, 3]])
-    assert objectives.normalise_groups(same, group_B).abs().max() < 1e-6
-    for name in ("treerl", "siblings", "treepo"):
-        assert getattr(objectives, name)(same[:3], alone, group_B[:3]).abs().max() < 1e-6
     assert torch.isfinite(objectives.entropy(torch.tensor([0.0, -torch.inf]))).all()
+
+
+def test_a_small_spread_is_one():
+    """Rewards a thousandth apart are not rounding."""
+    close = torch.tensor([1.0, 1.001, 1.0, 1.001])
+    found = objectives.normalise_groups(close, torch.zeros(4, dtype=torch.long))
+    torch.testing.assert_close(found, torch.tensor([-1.0, 1.0, -1.0, 1.0]), rtol=0, atol=0.01)
+    assert objectives.whiten(close[None], torch.ones(1, 4)).abs().min() > 0.9
+
+
+def test_equal_rollouts_of_steps_that_are_paid_have_the_advantages_that_the_docstring_says():
+    columns = torch.ones(4, 3), torch.zeros(4, 3), torch.ones(4, 3), torch.arange(12).view(4, 3)
+    with_steps = objectives.advantages("reinforce++-baseline", *columns, torch.zeros(4, dtype=torch.long))
+    assert (
+        with_steps[0, 0] == 0
+        and with_steps[0, 2] == pytest.approx(2 * float(with_steps[0, 1]))
+        and with_steps[0, 2] < 0
+    )
+
+
+def test_a_name_that_is_none_is_refused():
+    one = torch.zeros(1, 1)
+    for wrong in (
+        lambda: objectives.advantages("gae", one, one, one, one.long(), one[0].long()),
+        lambda: objectives.kl_penalty(one, one, "k4"),
+        lambda: objectives.aggregate(one, "mean"),
+        lambda: objectives.importance(one, one, "always"),
+    ):
+        with pytest.raises(ValueError, match="no "):
+            wrong()
 
 
 def test_a_sample_that_is_masked_and_a_batch_without_any_are_defined():

@@ -225,11 +225,12 @@ def test_a_path_is_read_back_as_it_was_encoded(backend, tokenizer):
     assert 5 < left_out < 150
 
 
-def test_training_sees_the_distribution_that_was_sampled_from(path, tokenizer, tmp_path):
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_training_sees_the_distribution_that_was_sampled_from(path, tokenizer, tmp_path, trainable):
     """Log-probs of the update's forward pass are the sampler's, over text that may end, without new rows."""
     build(tokenizer).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    module = RLModule(str(tmp_path), tokens=path)
+    module = RLModule(str(tmp_path), tokens=path, trainable=trainable)
     assert module.model.get_input_embeddings().weight.shape[0] == len(tokenizer)
     backend = HFBackend.live(module.model, module.tokenizer, module.table)
     expander = TokenExpander(path, rollouts=6, mode="sample", max_tokens=30, sampling=Sampling(max_segment_tokens=3))

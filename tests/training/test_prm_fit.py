@@ -253,20 +253,22 @@ def test_data_that_cannot_be_learned_from_are_refused(world, module, tmp_path):
 # -- measures ------------------------------------------------------------------------------------------------------------------
 
 
-def test_measures_are_those_of_plain_loops():
+@pytest.mark.parametrize("wrong, right", [((0.0,), (1.0,)), ((0.0, 0.4), (0.5, 1.0)), ((0.2,), (0.9,))])
+def test_measures_are_those_of_plain_loops(wrong, right):
+    """A domain's checker may give a step any score from 0 to 1."""
     rng = random.Random(0)
     held = []
     for _ in range(60):
         n = rng.randint(1, 5)
         tags = tuple(rng.choice(("verify", "next_step")) for _ in range(n))
-        checks = tuple(rng.choice((0.0, 1.0, None)) for _ in range(n))
+        checks = tuple(rng.choice((*wrong, *right, None)) for _ in range(n))
         new = (True, *sorted(rng.random() < 0.7 for _ in range(n)))
         ended = rng.choice((0.0, 1.0, None))  # None: nothing is known of it
         path = ValuedPath((0,), (0,) * (n + 1), (None,) * (n + 1), new, tags, checks, ended)
         held.append(Held(path, tuple(rng.random() for _ in range(n + 1))))
 
     def auc(rows: list[tuple[float, float]]) -> float:
-        pairs = [(a, b) for a, right in rows if right for b, other in rows if not other]
+        pairs = [(a, b) for a, good in rows if good >= 0.5 for b, other in rows if other < 0.5]
         return sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
 
     value, step, verify, first, ends = [], [], [], [], []
@@ -279,7 +281,7 @@ def test_measures_are_those_of_plain_loops():
                 step.append((kept, check))
                 if one.path.tags[i] == "verify":
                     verify.append((kept, check))
-                if 0.0 not in one.path.checks[:i]:
+                if not set(wrong) & set(one.path.checks[:i]):
                     first.append((one.said[i + 1], check))
     bins = [[(p, r) for p, r in ends if int(p * 10) == b] for b in range(10)]
     gaps = [abs(sum(p for p, _ in rows) - sum(r for _, r in rows)) for rows in bins]

@@ -28,7 +28,7 @@ from rftt_lightning.policy.vocab import load, masked_log_softmax
 from rftt_lightning.search.store import LOCK
 from rftt_lightning.tiny.countdown import Countdown
 from rftt_lightning.training.problems import ProblemDataModule
-from rftt_lightning.training.rl import MEASURED, RLModule, Work, collate, last_positions
+from rftt_lightning.training.rl import MEASURED, RLModule, Work, collate
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs/tiny/rl.yaml")
@@ -478,7 +478,7 @@ def test_batch_holds_what_was_sampled_where_it_was_sampled(module):
         allowed = module.allowed_SV[batch.states_BT[row][where], batch.tokens_BL[row, 1:][where]]
         assert allowed.all()
     assert batch.group_B.tolist() == [0, 0, 1, 1]
-    assert last_positions(batch.mask_BT).tolist() == [len(r.prompt) + r.length - 2 for r in made]
+    assert objectives.last_positions(batch.mask_BT).tolist() == [len(r.prompt) + r.length - 2 for r in made]
 
 
 def test_a_segment_without_tokens_adds_its_reward_to_the_one_before(module):
