@@ -1,7 +1,8 @@
 """The table of a sweep's claims: ``python experiments/claims/table.py runs/claims/countdown``.
 
 Arms answered the same problems, so differences are taken problem by problem. Seeds and problems are both samples: the interval
-(95 %) is that of crossed random effects. A claim is supported, or contradicted, if its interval excludes 0.
+(95 %) is that of crossed random effects. A claim is supported, or contradicted, if its interval excludes 0; how sure that is among
+as many rows says the p-value of Holm.
 
 Shape suffixes: S seeds, P problems.
 """
@@ -13,6 +14,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +38,7 @@ FEW = 50
 class Claim(NamedTuple):
     """That the arm ``first`` is better than ``second``; a control must not be (``helps`` False). An arm is the name after
     ``evaluate_``; ``rl/majority/16`` is the majority vote of its search's first 16 rollouts. Better is a greater share of right
-    answers, or of right steps, by the domain's exact checker, of the functional token ``steps``."""
+    answers, or of ``steps``, see :func:`judged`."""
 
     text: str
     first: str
@@ -53,12 +55,17 @@ CLAIMS = (
     Claim("RL ends higher from the strongest SFT than from the warm-up", "rl_best", "rl"),
     Claim("more steps of RL gain more", "rl_more", "rl_best"),
     Claim("RL of more steps beats the strongest SFT, beginning there", "rl_more", "sft_best"),
-    Claim("REINFORCE++ beats on-policy rejection sampling", "rl", "rejection"),
+    Claim("on-policy rejection sampling beats the strongest SFT", "rejection", "sft_best"),
+    Claim("REINFORCE++, outcome alone, beats on-policy rejection sampling", "orm", "rejection"),
+    Claim("REINFORCE++ with a process reward beats on-policy rejection sampling", "rl", "rejection"),
     Claim("the tree beats plain sampling", "rl", "sampling"),
     Claim("outcome and process reward beat the outcome alone", "rl", "orm"),
     Claim("the process reward keeps verify's verdicts right", "rl", "orm", steps="verify"),
     Claim("the process reward keeps refine's steps right, and new", "rl", "orm", steps="refine"),
     Claim("the process reward keeps finishing steps right, and new", "rl", "orm", steps="direct_answer"),
+    Claim("the process reward keeps refine from the step just refuted", "rl", "orm", steps="refine new"),
+    Claim("the process reward keeps attempts from being repeated", "rl", "orm", steps="attempt new"),
+    Claim("more steps of RL keep attempts from being repeated", "rl_more", "rl_best", steps="attempt new"),
     Claim("a learned PRM's value, of all steps, beats the outcome alone", "rl_prm", "orm"),
     Claim("a learned PRM's value keeps verify's verdicts right", "rl_prm", "orm", steps="verify"),
     Claim("a learned PRM's value keeps refine's steps right, and new", "rl_prm", "orm", steps="refine"),
@@ -70,11 +77,13 @@ CLAIMS = (
     Claim("verify and refine help, masked at inference", "rl", "rl_masked"),
     Claim("verify and refine help, masked in training, too", "rl", "no_checks"),
     Claim("the paper's tree, of forced tokens, beats a tree of drawn ones", "legal", "rl"),
-    Claim("forced tokens are better kept than masked", "legal", "legal_masked"),
+    Claim("forced tokens are better kept than masked, where all are forced", "legal", "legal_masked"),
     Claim("tags as rows of the vocabulary beat tags as text, after SFT", "sft", "sft_text"),
     Claim("tags as rows of the vocabulary beat tags as text, after RL by sampling", "sampling", "text"),
     Claim("16 rollouts beat 1", "rl/majority/16", "rl/majority/1"),
-    Claim("search over functional tokens helps the warm-up, too", "sft/majority/16", "sft"),
+    Claim("16 rollouts beat the greedy answer", "rl/majority/16", "rl"),
+    Claim("16 rollouts beat the greedy answer of the warm-up, too", "sft/majority/16", "sft"),
+    Claim("16 rollouts of a tree beat 16 plain samples", "rl/majority/16", "rl_plain/majority/16"),
     Claim("control: a random reward teaches nothing", "random", "sft", helps=False),
     Claim("control: a reward for form alone teaches nothing", "format_only", "sft", helps=False),
 )
@@ -85,12 +94,13 @@ COUNTS = ("tokens", "verify", "refine")
 
 
 class Difference(NamedTuple):
-    """Mean gain of one arm over another with its interval, and each seed's."""
+    """Mean gain of one arm over another with its interval, each seed's, and the two-sided p-value of no gain."""
 
     mean: float
     low: float
     high: float
     seeds: tuple[float, ...]
+    p: float
 
     def verdict(self, helps: bool) -> str:
         if len(self.seeds) == 1:
@@ -138,8 +148,19 @@ def difference(first: Tally, second: Tally) -> Difference:
         freedom = square**2 / sum(part**2 / degrees for part, degrees in parts)
     else:  # seeds, or problems, differ no more than chance has it
         square, freedom = max((of_seeds, seeds - 1), (of_problems, problems - 1))
-    half = stats.t.ppf(0.975, freedom) * np.sqrt(square / gain_SP.size)
-    return Difference(float(mean), float(mean - half), float(mean + half), tuple(gain_S1[:, 0].tolist()))
+    error = np.sqrt(square / gain_SP.size)
+    half = stats.t.ppf(0.975, freedom) * error
+    p = 2 * stats.t.sf(abs(mean) / error, freedom) if error else float(mean == 0)
+    return Difference(float(mean), float(mean - half), float(mean + half), tuple(gain_S1[:, 0].tolist()), float(p))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p-values that hold for all of a table's rows together (Holm 1979)."""
+    order, adjusted, highest = np.argsort(values), [0.0] * len(values), 0.0
+    for rank, place in enumerate(order):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[place]))
+        adjusted[place] = highest
+    return adjusted
 
 
 class Sweep:
@@ -168,10 +189,10 @@ class Sweep:
         problems, right_SP = self._columns(arm, [self._right(seed, *arm.split("/")) for seed in self.seeds])
         return Tally(problems, right_SP, np.ones_like(right_SP))
 
-    def steps(self, arm: str, tag: str, source: ProblemSource) -> Tally:
-        """Are steps of this functional token right, by the exact checker? Those that it does not judge do not count."""
-        judged = [{r.problem.id: _judged(r, source)[tag] for r in self.greedy(seed, arm)} for seed in self.seeds]
-        problems, pairs_SP2 = self._columns(arm, judged)
+    def steps(self, arm: str, kind: str, source: ProblemSource) -> Tally:
+        """Of a kind of :func:`judged`, how many are good?"""
+        rows = [{r.problem.id: judged(r, source)[kind] for r in self.greedy(seed, arm)} for seed in self.seeds]
+        problems, pairs_SP2 = self._columns(arm, rows)
         return Tally(problems, pairs_SP2[..., 0], pairs_SP2[..., 1])
 
     def _columns(self, arm: str, rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], np.ndarray]:
@@ -198,25 +219,47 @@ class Sweep:
         return [tree.rollouts()[0] for tree in read_trees(self.folder(seed, arm) / "greedy")]
 
 
-def _judged(rollout: Rollout, source: ProblemSource) -> defaultdict[str, tuple[int, int]]:
-    """By functional token: how many steps the exact checker calls right, of how many that it judges; 0 of 0 for any other."""
+def judged(rollout: Rollout, source: ProblemSource) -> defaultdict[str, tuple[int, int]]:
+    """How many are good, of how many, by kind; 0 of 0 for any other. The name of a functional token: steps that the exact checker
+    calls right (for which a repetition is wrong), of those that it judges; one that the budget cut is none. ``refine new``:
+    refines that are not a step of the attempt that they end. ``attempt new``: attempts, up to a refine or the output, that are
+    not an earlier one of the answer."""
     found = defaultdict[str, tuple[int, int]](lambda: (0, 0))
-    for (tag, _), score in zip(rollout.steps, source.check_steps(rollout.problem, rollout.steps), strict=True):
+
+    def count(kind: str, good: bool) -> None:
+        right, total = found[kind]
+        found[kind] = right + good, total + 1
+
+    attempt: list[str] = []
+    earlier: set[tuple[str, ...]] = set()
+    scores = source.check_steps(rollout.problem, rollout.steps)
+    for (tag, text), score, segment in zip(rollout.steps, scores, rollout.segments, strict=True):
+        if not segment.closed:
+            break
         if score is not None:
-            right, count = found[tag]
-            found[tag] = right + (score > 0.5), count + 1
+            count(tag, score > 0.5)
+        words = " ".join(text.split())
+        if tag in ("refine", "output") and attempt:
+            count("attempt new", tuple(attempt) not in earlier)
+            earlier.add(tuple(attempt))
+        if tag == "refine":
+            count("refine new", words not in attempt)
+            attempt = []
+        if tag != "verify":
+            attempt.append(words)
     return found
 
 
 def mechanism(rollouts: Sequence[Rollout], source: ProblemSource) -> dict[str, float]:
     """Where an arm's answers stand: is the first attempt chosen better, are more of them mended, are steps right by the domain's
-    exact checker, are segments broken?"""
+    exact checker, are segments broken? Shares of steps are left out where they are of fewer than :data:`FEW`."""
     used = Counter(tag for rollout in rollouts for tag, _ in rollout.steps)
     right, scored = Counter[str](), Counter[str]()
     for rollout in rollouts:
-        for tag, (good, count) in _judged(rollout, source).items():
-            right[tag] += good
-            scored[tag] += count
+        for kind, (good, count) in judged(rollout, source).items():
+            right[kind] += good
+            scored[kind] += count
+    name = lambda kind: kind if kind.endswith(" new") else f"{kind} right"  # noqa: E731
     n = len(rollouts)
     pairs = attempts(rollouts, source, TokenTable.from_yaml())
     ends = sum(bool(rollout.score and rollout.score.verdict.right) for rollout in rollouts)
@@ -230,7 +273,7 @@ def mechanism(rollouts: Sequence[Rollout], source: ProblemSource) -> dict[str, f
         "first attempt": (ends + sum(before - after for before, after in pairs if before is not None)) / n,
         "mended": sum(pair == (False, True) for pair in pairs) / n,
         "spoilt": sum(pair == (True, False) for pair in pairs) / n,
-        **{f"{tag} right": right[tag] / scored[tag] for tag in scored},
+        **{name(kind): right[kind] / scored[kind] for kind in sorted(scored) if scored[kind] >= FEW},
     }
 
 
@@ -259,30 +302,39 @@ def measure(sweep: Sweep, source: ProblemSource) -> dict[str, Any]:
         found = difference(*pair)
         data["claims"].append({**claim._asdict(), **found._asdict(), "verdict": found.verdict(claim.helps)})
     for arm in filter(sweep.ran, sorted(known)):
-        seeds = [mechanism(sweep.greedy(seed, arm), source) for seed in sweep.seeds]
-        means = {key: float(np.mean([seed[key] for seed in seeds if key in seed])) for seed in seeds for key in seed}
+        answers = [sweep.greedy(seed, arm) for seed in sweep.seeds]
+        seeds, pooled = [mechanism(seed, source) for seed in answers], mechanism([*chain(*answers)], source)
         tally = sweep.answers(arm)
         right = ["".join("01"[int(x)] for x in right_P) for right_P in tally.right_SP]
-        data["arms"][arm] = {"accuracy": tally.rates.tolist(), **means, "seeds": seeds, "right": right}
-        if sweep.ran(f"{arm}/majority/1"):
-            data["majority"][arm] = sweep.majority(arm)
+        data["arms"][arm] = {"accuracy": tally.rates.tolist(), **pooled, "seeds": seeds, "right": right}
+    voted = (arm for arm in sorted(known) if sweep.ran(f"{arm}/majority/1"))
+    data["majority"] = {arm: sweep.majority(arm) for arm in voted}
     return data
 
 
 def tables(data: Mapping[str, Any]) -> str:
     """The same as tables in Markdown."""
-    claims = [["claim", "gain", "95 % interval", "by seed", "verdict"]]
-    for claim in data["claims"]:
+    claims = [["claim", "gain", "95 % interval", "by seed", "p, Holm", "verdict"]]
+    for claim, p in zip(data["claims"], holm([claim["p"] for claim in data["claims"]]), strict=True):
         mean, low, high, *seeds = (
             per_cent(x, sign=True) for x in (claim["mean"], claim["low"], claim["high"], *claim["seeds"])
         )
-        claims.append([claim["text"], mean, f"[{low}, {high}]", ", ".join(seeds), claim["verdict"]])
+        shown = "< 0.001" if p < 0.001 else f"{p:.3f}"
+        claims.append([claim["text"], mean, f"[{low}, {high}]", ", ".join(seeds), shown, claim["verdict"]])
     columns = ("tokens", "unfinished", "malformed", "verify", "refine", "first attempt", "mended", "spoilt")
-    arms = [["arm", "accuracy by seed", *columns, "steps right"]]
+    kinds = ("right", "new")
+    arms = [["arm", "accuracy by seed", *columns, *(f"steps {kind}" for kind in kinds)]]
     for arm, found in data["arms"].items():
-        steps = [f"{k.removesuffix(' right')} {per_cent(v)}" for k, v in found.items() if k.endswith(" right")]
+        steps = [
+            ", ".join(
+                f"{key.removesuffix(f' {kind}')} {per_cent(value)}"
+                for key, value in found.items()
+                if key.endswith(f" {kind}")
+            )
+            for kind in kinds
+        ]
         cells = [f"{found[key]:.1f}" if key in COUNTS else per_cent(found[key]) for key in columns]
-        arms.append([arm, ", ".join(map(per_cent, found["accuracy"])), *cells, ", ".join(steps)])
+        arms.append([arm, ", ".join(map(per_cent, found["accuracy"])), *cells, *steps])
     votes = [["majority of n rollouts", *next(iter(data["majority"].values()), ())]]
     for arm, by_n in data["majority"].items():
         votes.append([arm, *(", ".join(map(per_cent, accuracies)) for accuracies in by_n.values())])

@@ -102,20 +102,22 @@ def whiten(
 
 def subtract_group_mean(value_B: Tensor, group_B: Tensor, leave_one_out: bool = False) -> Tensor:
     """Each row's value minus the mean of its problem's rows (REINFORCE++-baseline, arXiv 2501.03262; Dr. GRPO, arXiv
-    2503.20783), or of the other ones (RLOO, arXiv 2402.14740, x_i - sum over j != i of x_j / (n - 1)). A row that is alone in its
-    group becomes 0, and so do all of a group whose rows are equal."""
+    2503.20783), or of the other ones (RLOO, arXiv 2402.14740, x_i - sum over j != i of x_j / (n - 1)); a row that is alone in its
+    group becomes 0. Equal rows of a group are 0 up to rounding, and exactly 0 where no group has rows that differ, so that what
+    scales them finds no noise."""
     sums, sizes = _sums(value_B, group_B)
     alone, means = int(leave_one_out), sums[group_B] - (value_B if leave_one_out else 0.0)
     away_B = value_B - means / (sizes[group_B] - alone).clamp(min=1)
     low_B, high_B = _range(value_B, group_B)
-    return torch.where(high_B > low_B, away_B, 0.0)
+    return torch.where((sizes[group_B] > 1) & (high_B > low_B).any(), away_B, 0.0)
 
 
 def normalise_groups(value_B: Tensor, group_B: Tensor, eps: float = EPS) -> Tensor:
     """(x - mean) / (std + eps) with the population moments of each row's group (GRPO, arXiv 2402.03300, sec. 4.1.2)."""
     away_B = subtract_group_mean(value_B, group_B)
     squares, sizes = _sums(away_B.square(), group_B)
-    return away_B / ((squares / sizes.clamp(min=1)).sqrt() + eps)[group_B]
+    low_B, high_B = _range(value_B, group_B)
+    return torch.where(high_B > low_B, away_B / ((squares / sizes.clamp(min=1)).sqrt() + eps)[group_B], 0.0)
 
 
 def _range(value_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:

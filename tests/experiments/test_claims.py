@@ -143,7 +143,34 @@ MENDED = answer(
 CUT = answer(PROBLEM, WRONG, ("verify", "2 , 9 ; wrong"), ("refine", "3 +"), right=False, closed=False)
 
 
-def test_the_mechanism_counts_what_a_loop_counts():
+AGAIN = answer(
+    PROBLEM,
+    ("next_step", "3 + 7 = 10 ; 10 12"),
+    ("next_step", "12 - 10 = 2 ; 2"),
+    ("verify", "2 , 9 ; wrong"),
+    ("refine", "3 + 7  = 10 ; 10 12"),
+    ("next_step", "12 - 10 = 2 ; 2"),
+    ("verify", "2 , 9 ; wrong"),
+    ("refine", "3 * 7 = 21 ; 12 21"),
+    ("next_step", "21 - 12 = 9 ; 9"),
+    ("output", "3 * 7 = 21 , 21 - 12 = 9"),
+    right=True,
+)
+
+
+def test_what_is_repeated_is_not_new():
+    """The first refine is the step just refuted, and leads to the same attempt; the second leads to another."""
+    found = table.judged(AGAIN.rollouts()[0], Countdown())
+    assert found["refine new"] == (1, 2) and found["attempt new"] == (2, 3) and found["output new"] == (0, 0)
+
+
+def test_a_step_that_the_budget_cut_is_none():
+    found = table.judged(CUT.rollouts()[0], Countdown())
+    assert found["refine"] == (0, 0) == found["refine new"] and found["verify"] == (1, 1)
+
+
+def test_the_mechanism_counts_what_a_loop_counts(monkeypatch):
+    monkeypatch.setattr(table, "FEW", 1)
     rollouts: list[Rollout] = [MENDED.rollouts()[0], CUT.rollouts()[0]]
     found = table.mechanism(rollouts, Countdown())
     assert found == {
@@ -157,9 +184,28 @@ def test_the_mechanism_counts_what_a_loop_counts():
         "spoilt": 0.0,
         "direct_answer right": 1.0,
         "verify right": 2 / 3,
-        "refine right": 0.5,
+        "refine right": 1.0,
         "output right": 1.0,
+        "refine new": 1.0,
+        "attempt new": 1.0,
     }
+    monkeypatch.setattr(table, "FEW", 3)
+    shares = {key for key in table.mechanism(rollouts, Countdown()) if key.endswith((" right", " new"))}
+    assert shares == {"verify right"}  # of three
+
+
+def test_p_values_of_a_table_are_holms():
+    assert table.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert table.holm([0.9, 0.6]) == [1.0, 1.0] and table.holm([]) == []
+
+
+def test_the_p_value_is_that_of_the_interval():
+    """On the border of the interval it is 0.05; equal arms have 1."""
+    one, other = answers(0.6, 0.62, 0.58), answers(0.5, 0.5, 0.5, seed=1)
+    found = table.difference(one, other)
+    border = table.difference(one._replace(right_SP=one.right_SP - found.low), other)
+    assert border.low == pytest.approx(0) and border.p == pytest.approx(0.05)
+    assert table.difference(one, one).p == 1
 
 
 HONEST, LYING = ("verify", "2 , 9 ; wrong"), ("verify", "2 , 9 ; ok")
@@ -189,7 +235,7 @@ def test_the_table_pairs_arms_by_problem_and_leaves_out_what_was_not_run(tmp_pat
     table.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:4]] == [table.CLAIMS[0].text, table.CLAIMS[1].text]
-    assert "| +45.0 |" in lines[3] and "+40.0, +50.0 | supports |" in lines[3] and lines[4] == ""
+    assert "| +45.0 |" in lines[3] and "+40.0, +50.0 | " in lines[3] and "| supports |" in lines[3] and lines[4] == ""
     data = json.loads((tmp_path / "claims.json").read_text())
     assert [claim["mean"] for claim in data["claims"]] == pytest.approx([0.2, 0.45])
     assert data["arms"]["rl"]["accuracy"] == [0.6, 0.7] and set(data["arms"]) == {"base", "sft", "rl"}
@@ -229,7 +275,8 @@ def test_a_claim_of_steps_is_about_the_checker_and_needs_enough_of_them(tmp_path
     assert set(found) == ({"", "verify"} if asked else {""})
     if asked:
         assert found["verify"]["seeds"] == pytest.approx((0.5, 0.55)) and found["verify"]["verdict"] == "supports"
-    assert [seed["verify right"] for seed in data["arms"]["rl"]["seeds"]] == pytest.approx([0.9, 0.95])
+    shares = [seed.get("verify right") for seed in data["arms"]["rl"]["seeds"]]
+    assert shares == (pytest.approx([0.9, 0.95]) if asked else [None, None])
 
 
 @pytest.mark.parametrize("overlay", ["", "sweep_arithmetic", "sweep_countdown4"])
