@@ -297,8 +297,9 @@ def measure(sweep: Sweep, source: ProblemSource) -> dict[str, Any]:
             sweep.steps(arm, claim.steps, source) if claim.steps else sweep.answers(arm)
             for arm in (claim.first, claim.second)
         ]
-        if claim.steps and min(tally.count_SP.sum(1).min() for tally in pair) < FEW:
-            continue
+        few = min(tally.count_SP.sum(1).min() for tally in pair) < FEW
+        if claim.steps and (few or min(tally.rates.min() for tally in pair) == 1):
+            continue  # too few steps, or none that is not good
         found = difference(*pair)
         data["claims"].append({**claim._asdict(), **found._asdict(), "verdict": found.verdict(claim.helps)})
     for arm in filter(sweep.ran, sorted(known)):
