@@ -12,11 +12,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rftt_lightning.app.command import make_folder, one_line
 from rftt_lightning.app.fit import FitCLI
 from rftt_lightning.core.contracts import UserError
 from rftt_lightning.training import checkpoints
+from rftt_lightning.training.callbacks import SaveAndStop
 from rftt_lightning.training.data import TreeDataModule
 from rftt_lightning.training.sft import SFTModule
 
@@ -41,7 +44,8 @@ class SFTCLI(FitCLI):
     """``out`` is the run's folder: TensorBoard events, config.yaml, checkpoints/ and hf/ go there.
 
     A ``fit`` that is started again goes on: ``ckpt_path`` null is the newest of ``out/checkpoints`` if there is one, "last" insists
-    on it, "none" begins anew. To ``validate``, null is the model as it is.
+    on it, "none" begins anew. To ``validate``, null is the model as it is. SIGTERM and Ctrl-C let it finish its optimizer step and
+    save ``out/checkpoints/interrupted.ckpt`` first; a second Ctrl-C stops it at once.
     """
 
     OUT: ClassVar[str] = "runs/sft"
@@ -59,8 +63,8 @@ class SFTCLI(FitCLI):
         self.asked = self.config.clone()
 
     def before_fit(self) -> None:
-        """What "none" leaves behind must not be gone on from later; it stays until training really begins."""
-        if self.anew:
+        self.trainer.callbacks.append(SaveAndStop())  # after ModelCheckpoint: what it saves last is the newest
+        if self.anew:  # what is left behind must not be gone on from later; it stays until training really begins
             self.trainer.callbacks.append(Forget(saved_in(self.config_init.fit.out)))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -104,8 +108,10 @@ def train(cli: type[FitCLI], module: type[LightningModule], data: type[Lightning
         )
     except MisconfigurationException as error:
         raise UserError(one_line(error)) from error
-    except SystemExit as error:  # how the Trainer ends after Ctrl-C
-        if isinstance(error.__context__, KeyboardInterrupt):
+    except SystemExit as error:  # how the Trainer ends after Ctrl-C and SIGTERM
+        # Rank zero tells of the latter. It would be killed by Lightning if it saw another rank end with a status.
+        stopped = isinstance(error, SIGTERMException) and rank_zero_only.rank == 0
+        if stopped or isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error
         raise
     return 0

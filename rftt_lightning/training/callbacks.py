@@ -1,15 +1,19 @@
-"""Callbacks of the SFT run: what the model writes, which functional tokens it uses, and the export."""
+"""Callbacks of the SFT run: what the model writes, which functional tokens it uses, the export, and stopping when asked to."""
 
 from __future__ import annotations
 
+import shutil
+import signal
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
@@ -123,6 +127,40 @@ class ExportHF(Callback):
                 dtype = getattr(torch, self.dtype) if self.dtype and whole.is_floating_point() else whole.dtype
                 weights[name] = whole.to("cpu", dtype)
         return weights
+
+
+class SaveAndStop(Callback):
+    """SIGTERM and Ctrl-C end training after the optimizer step under way, on all ranks, which save ``checkpoints/interrupted.ckpt``
+    in the run's output folder together; a second Ctrl-C stops at once. The Trainer's own answer to SIGTERM saves nothing, may come
+    amid accumulated batches, and has ranks wait for each other within the handler."""
+
+    def __init__(self) -> None:
+        self.asked, self.step = False, 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.step = trainer.global_step
+        for kind in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(kind, self._ask)  # the Trainer's teardown puts back what was there before
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step == self.step:  # more batches are to be accumulated
+            return
+        self.step = trainer.global_step
+        if not trainer.strategy.reduce_boolean_decision(self.asked, all=False):
+            return
+        path = Path(trainer.default_root_dir) / "checkpoints" / "interrupted.ckpt"
+        temporary = path.with_suffix(".tmp")  # sharded, it is a folder: nobody is to go on from half of it
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            if path.is_dir():
+                shutil.rmtree(path)
+            temporary.replace(path)
+        raise SIGTERMException
 
 
 def log_use(writer: SummaryWriter, name: str, paths: Iterable[Sequence[Step]], table: TokenTable, step: int) -> None:

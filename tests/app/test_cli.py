@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from lightning import Callback
 
@@ -336,6 +337,52 @@ def test_interrupted_sft(world, tmp_path, capsys):
     finally:
         signal.signal(signal.SIGINT, handler)
     assert capsys.readouterr().err.splitlines()[-1].startswith("rftt: interrupted")
+
+
+class Signalled(Callback):
+    """Amid the accumulation of the second optimizer step the process is asked to stop; or at the first batch of validation."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_train_batch_start(self, trainer, module, batch, number):
+        if number == 4:
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_batch_start(self, trainer, module, batch, number, *args):
+        if trainer.state.fn == "validate" and number == 0:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sft_that_is_asked_to_stop_saves_and_goes_on(world, tmp_path, capfd, number):
+    """To the weights of the straight run, though no checkpoint was due."""
+    export = {"class_path": "rftt_lightning.training.callbacks.ExportHF"}
+    asked = {"class_path": "test_cli.Signalled", "init_args": {"number": number.value}}
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
+
+    def run(out, *callbacks):
+        steps = ("--data.batch_size=4", "--trainer.accumulate_grad_batches=3", "--trainer.enable_checkpointing=false")
+        return cli.main(sft(world, out, *steps, f"--trainer.callbacks={json.dumps([*callbacks, export])}"))
+
+    out = tmp_path / "out"
+    assert run(tmp_path / "straight") == 0
+    assert run(out, asked) == 130
+    assert capfd.readouterr().err.splitlines()[-1].startswith("rftt: interrupted")
+    assert [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)] == handlers
+    (saved,) = (out / "checkpoints").iterdir()
+    assert torch.load(saved, weights_only=True)["global_step"] == 2 and not (out / "hf").exists()
+    assert run(out) == 0
+    first, second = (folder / "hf" / "model.safetensors" for folder in (tmp_path / "straight", out))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_validation_that_is_asked_to_stop_has_not_succeeded(world, tmp_path, capfd):
+    asked = {"class_path": "test_cli.Signalled", "init_args": {"number": signal.SIGTERM.value}}
+    some = ("--data.val_fraction=0.5", "--data.batch_size=2", f"--trainer.callbacks={json.dumps([asked])}")
+    command = ["sft", "validate", *sft(world, tmp_path / "out", *some)[2:]]
+    assert cli.main(command) == 130
+    assert capfd.readouterr().err.splitlines()[-1].startswith("rftt: interrupted")
 
 
 def sharded(data, tensor):
