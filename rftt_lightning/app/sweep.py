@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -56,7 +57,8 @@ def sweep(
     ``out/STAGE``. A stage that names ``$out`` comes after all that do not, and is run again when one of them was.
 
     When a command fails, what builds on it is left out and the rest goes on; the exit status is then 1. Ctrl-C and SIGTERM are
-    passed on to the commands, which save what they have.
+    passed on to the commands, which save what they have; a second one kills them. Commands that outlive a sweep which was killed
+    itself are named by the next one, which begins nothing beside them.
 
     Args:
         stages: name -> command line, whose first word is rftt or python; run without a shell.
@@ -88,7 +90,7 @@ def sweep(
     sweeper.run(anew=_above(every, again), last=[run.name for run in every if run.last])
     for run in runs:
         if run.stage in show and run.name in sweeper.done:
-            print(sweeper.log(run).read_text(encoding="utf-8", errors="replace"), end="")
+            print(sweeper.log(run.name).read_text(encoding="utf-8", errors="replace"), end="")
     if sweeper.failed:
         raise SystemExit(1)
 
@@ -215,7 +217,8 @@ def _above(runs: Sequence[Run], stages: Sequence[str]) -> list[str]:
 
 class Sweeper:
     """Runs what is ready, ``lanes`` commands at a time. What was run, whether it is done and its seconds, interrupted runs
-    included, are kept in ``stages.json``."""
+    included, are kept in ``stages.json``, and the pid of what runs. A command and all that it starts hold a lock on its log, to
+    which they write, as long as one of them lives."""
 
     def __init__(self, out: Path, runs: list[Run], lanes: int, threads: int) -> None:
         self.out, self.runs, self.lanes, self.threads = out, runs, lanes, threads
@@ -229,8 +232,8 @@ class Sweeper:
 
     def run(self, anew: Sequence[str], last: Sequence[str]) -> None:
         """Run what is not done. ``anew`` names runs that are to be run again, ``last`` all those that read what others wrote, so
-        are run again if others are. Raises :class:`UserError` if another sweep works in the folder, or if something was done
-        with other settings."""
+        are run again if others are. Raises :class:`UserError` if another sweep works in the folder, or commands of one that was
+        killed, or if something was done with other settings."""
         make_folder(self.out)
         lock = FileLock(self.out / ".lock")
         try:
@@ -263,6 +266,13 @@ class Sweeper:
             raise UserError(f"{self.record} is damaged: {error}; delete it, and every stage is run again") from error
         self.seconds, self.total = known.get("seconds", {}), known.get("total", 0.0)
         self.done = known.get("done", {})
+        pids = {self.log(name): pid for name, pid in known.get("running", {}).items()}
+        if left := {log.stem: pids.get(log, "?") for log in sorted(self.out.glob("logs/*.log")) if held(log)}:
+            named = ", ".join(f"{name} (pid {pid})" for name, pid in left.items())
+            raise UserError(
+                f"commands of a sweep that was killed still run in {self.out}: {named}; wait for them, or end them and all "
+                f"that they started: kill -- {' '.join(f'-{pid}' for pid in left.values())}"
+            )
 
     def forget(self, names: Collection[str]) -> None:
         """Write down that these runs are not done any more."""
@@ -284,11 +294,30 @@ class Sweeper:
                     time.sleep(POLL)
                     self.collect()
             finally:
-                for process, *_ in self.running.values():
-                    process.terminate()
-                for process, *_ in self.running.values():
+                self.end()
+
+    def end(self) -> None:
+        """Ask what runs to end, and wait for it; a second signal kills it."""
+        processes = [process for process, *_ in self.running.values()]
+        try:
+            for process in processes:
+                process.terminate()
+            if processes:
+                print(
+                    f"waiting for {', '.join(self.running)}; another Ctrl-C kills what still runs",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            for process in processes:
+                process.wait()
+        except KeyboardInterrupt:
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-                self.note(list(self.running))
+            raise
+        finally:
+            self.note(list(self.running))
 
     def start(self) -> int:
         """Begin what is ready as far as there are lanes; returns how many began."""
@@ -301,15 +330,18 @@ class Sweeper:
         ]
         ready = ready[: self.lanes - len(self.running)]
         for run in ready:
-            log = self.log(run)
+            log = self.log(run.name)
             log.parent.mkdir(parents=True, exist_ok=True)
             digest = run.digest
             env = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "COLUMNS": "110"}
             command = [*PROGRAMS[run.args[0]], *run.args[1:]]
-            with log.open("wb") as file:
+            with log.open("ab") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.truncate(0)
                 # A session of its own: Ctrl-C reaches the sweep alone, which then ends its commands once.
                 process = subprocess.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
             self.running[run.name] = process, time.monotonic(), digest
+            self.write()
         return len(ready)
 
     def collect(self) -> None:
@@ -320,7 +352,7 @@ class Sweeper:
                 continue
             if code := ended[run.name].returncode:
                 self.failed.append(run.name)
-                tail = self.log(run).read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+                tail = self.log(run.name).read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
                 print(f"{run.name} failed with exit status {code}:", *tail, sep="\n  ", file=sys.stderr, flush=True)
             else:
                 self.done[run.name] = self.running[run.name][2]
@@ -340,7 +372,8 @@ class Sweeper:
         self.write()
 
     def write(self) -> None:
-        known = {"done": self.done, "seconds": self.seconds, "total": self.total}
+        running = {name: process.pid for name, (process, *_) in self.running.items() if process.returncode is None}
+        known = {"done": self.done, "seconds": self.seconds, "total": self.total, "running": running}
         temporary = self.record.with_suffix(".tmp")
         temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
         temporary.replace(self.record)
@@ -350,16 +383,26 @@ class Sweeper:
         began = self.running[name][1] if name in self.running else now
         return self.seconds.get(name, 0.0) + now - began
 
-    def log(self, run: Run) -> Path:
-        return self.out / "logs" / f"{run.name.replace('/', '-')}.log"
+    def log(self, name: str) -> Path:
+        return self.out / "logs" / f"{name.replace('/', '-')}.log"
 
     def picture(self) -> Table:
         counts = f"{len(self.done)} of {len(self.runs)} done" + (f", {len(self.failed)} failed" if self.failed else "")
         table = Table("running", "seconds", "", title=f"rftt sweep: {counts}", width=110)
         for run in self.runs:
             if run.name in self.running:
-                table.add_row(run.name, f"{self.spent(run.name):.0f}", last_line(self.log(run)))
+                table.add_row(run.name, f"{self.spent(run.name):.0f}", last_line(self.log(run.name)))
         return table
+
+
+def held(log: Path) -> bool:
+    """Does what writes a log still run?"""
+    with log.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def last_line(log: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rftt_lightning.app.sweep import Run, _wanted, expand
+from rftt_lightning.app.sweep import Run, _wanted, expand, held
 from rftt_lightning.core.contracts import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -283,6 +283,69 @@ def test_a_signal_reaches_the_commands_and_the_sweep_goes_on_later(tmp_path, num
     assert known["done"] == {} and known["seconds"]["a"] > 0
     assert wait(sweep(tmp_path, config))[0] == 0
     assert json.loads((tmp_path / "out" / "stages.json").read_text())["seconds"]["a"] > known["seconds"]["a"]
+
+
+LONG = (
+    "import os, pathlib, subprocess, sys, time, signal\n"
+    "here = pathlib.Path(sys.argv[1])\n"
+    "here.mkdir(parents=True, exist_ok=True)\n"
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    "(here / f'ready-{os.getpid()}').touch()\n"
+    "sleep = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+    "sleep.wait()\n"
+)
+"""A command that is deaf to SIGTERM, and a process that it starts."""
+
+
+def ready(folder):
+    """Process ids of the commands that began there, when there is one."""
+    until = time.monotonic() + 30
+    while not (found := [int(path.name.partition("-")[2]) for path in folder.glob("ready-*")]):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return found
+
+
+def test_commands_that_outlive_a_killed_sweep_are_named_and_nothing_is_begun_beside_them(tmp_path):
+    (tmp_path / "long.py").write_text(LONG)
+    config = {"stages": {"a": f"python {tmp_path / 'long.py'} $here", "b": note(tmp_path, "b")}, "lanes": 1}
+    process = sweep(tmp_path, config)
+    (pid,) = ready(tmp_path / "out" / "a")
+    process.kill()
+    process.communicate()
+    try:
+        for leader in (pid, None):  # then what it started lives alone
+            for options in ((), ("--again", "[a]"), ("--only", "[b]")):
+                code, _, err = wait(sweep(tmp_path, config, *options))
+                assert code == 2 and f"a (pid {pid})" in err and f"kill -- -{pid}\n" in err and err.count("\n") == 1
+            if leader:
+                os.kill(pid, signal.SIGKILL)
+    finally:
+        os.killpg(pid, signal.SIGKILL)
+    assert ready(tmp_path / "out" / "a") == [pid] and not ran(tmp_path)
+    (tmp_path / "long.py").write_text("")
+    code, _, err = wait(sweep(tmp_path, config))
+    assert code == 0, err
+    assert ran(tmp_path) == ["b"] and json.loads((tmp_path / "out" / "stages.json").read_text())["running"] == {}
+
+
+def test_a_second_signal_kills_the_commands_that_the_sweep_waits_for(tmp_path):
+    (tmp_path / "long.py").write_text(LONG)
+    process = sweep(tmp_path, {"stages": {"a": f"python {tmp_path / 'long.py'} $here"}})
+    (pid,) = ready(tmp_path / "out" / "a")
+    process.send_signal(signal.SIGINT)
+    assert "waiting for a; another Ctrl-C kills" in process.stderr.readline()
+    assert held(tmp_path / "out" / "logs" / "a.log") and process.poll() is None
+    process.send_signal(signal.SIGINT)
+    code, _, err = wait(process)
+    assert code == 130 and "interrupted" in err
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    until = time.monotonic() + 10
+    while held(tmp_path / "out" / "logs" / "a.log"):  # what the command started is dead soon, too
+        assert time.monotonic() < until
+    known = json.loads((tmp_path / "out" / "stages.json").read_text())
+    assert known["seconds"]["a"] > 0 and known["running"] == known["done"] == {}
 
 
 def test_lanes_bound_how_many_run_together(tmp_path):
