@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
 import signal
 import threading
@@ -121,6 +122,13 @@ def make_folder(folder: str | Path, option: str = "--out") -> None:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another {option}") from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"cannot write to {folder}: Permission denied; choose another {option}")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file, which is whole or as it was whenever the process is killed."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 @contextmanager

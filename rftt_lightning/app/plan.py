@@ -71,7 +71,7 @@ class Costs:
     @classmethod
     def read(cls, path: Path, settings: Mapping[str, Any] | None = None) -> Costs | None:
         """Costs in a JSON file, None if there are none, or if they are of other ``settings``."""
-        with suppress(OSError, ValueError, TypeError, KeyError):  # missing, or torn by a kill
+        with suppress(OSError, ValueError, TypeError, KeyError):  # missing, or damaged
             data = json.loads(path.read_text(encoding="utf-8"))
             if settings is None or data["settings"] == json.loads(json.dumps(settings)):
                 return cls(**data["costs"])

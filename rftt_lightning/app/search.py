@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from rftt_lightning.app.command import interruptible, run_command
+from rftt_lightning.app.command import interruptible, run_command, write_json
 from rftt_lightning.app.plan import PLAN, Costs, predict, table
 from rftt_lightning.core.contracts import Backend, Problem, ProblemSource, Reward, Status, UserError
 from rftt_lightning.core.tree import Tree
 from rftt_lightning.search import driver
 from rftt_lightning.search.expand import Expander
 from rftt_lightning.search.problems import refuse_overlap
-from rftt_lightning.search.store import Store, describe, read_trees, size
+from rftt_lightning.search.store import Store, describe, read_trees
 
 SUMMARY = "summary.json"
 """Name of a search's counts and costs in the folder of its store."""
@@ -72,13 +73,12 @@ def search(
     if plan:
         predicted, found = predict(source, backend, expander, reward, seconds=plan_seconds, **settings)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"settings": planned, **predicted.to_json()}, indent=2)
-        (folder / PLAN).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / PLAN, {"settings": planned, **predicted.to_json()})
         Console().print(table(f"plan of a search of {count} problems", calibration=found, predicted=predicted))
         return
     costs = grow_into(out, source, backend, expander, reward, overwrite=overwrite, **settings)
     summary = {**summarise(stored(out, source)), **costs.to_json()}
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / SUMMARY, summary)
     found_table = Table("", "", title=f"search of {summary['problems']} problems", show_header=False)
     for name, value in summary.items():
         if name != "costs":
@@ -92,11 +92,12 @@ def search(
 def harvest(
     source: ProblemSource, backend: Backend, expander: Expander, reward: Reward, folder: str | Path, **settings: Any
 ) -> tuple[list[Tree], float]:
-    """:func:`grow_into`, and then all the trees, in the order of the source, and the seconds that growing them took."""
-    seconds = grow_into(folder, source, backend, expander, reward, **settings).seconds
+    """:func:`grow_into`, and then all the trees, in the order of the source, and the seconds that growing them took. Trees whose
+    costs were lost by a kill count as much as the others; if those of all were, nan."""
+    costs = grow_into(folder, source, backend, expander, reward, **settings)
     order = {problem.id: number for number, problem in enumerate(source.problems())}
     trees = sorted(stored(folder, source), key=lambda tree: order[tree.problem.id])
-    return trees, seconds * len(trees) / size(folder, "trees")
+    return trees, costs.seconds * len(trees) / costs.trees if costs.trees else math.nan
 
 
 def grow_into(
@@ -113,7 +114,7 @@ def grow_into(
     overwrite: bool = False,
 ) -> Costs:
     """Grow the trees that a store still lacks, and store each as soon as it is finished. SIGTERM stops it as Ctrl-C does.
-    Returns the costs over all runs, interrupted ones included."""
+    Returns the costs over all runs, interrupted ones included, and killed ones up to the last tree that they stored."""
     problems, progress, summary = source.problems(), driver.Progress(), Path(folder) / SUMMARY
     before = copy.deepcopy(backend.usage)
     settings = _settings(source, expander, reward, backend, seed, parallel, limits)
@@ -121,6 +122,16 @@ def grow_into(
     todo = [problem for problem in problems if not _known(problem, store)]
     if overwrite:
         summary.unlink(missing_ok=True)
+    known, had = Costs.read(summary) or Costs(), len(store.done)
+
+    def note() -> Costs:
+        """Write down the costs so far, if there are any."""
+        if not progress.rollouts:
+            return known
+        costs = known + replace(Costs.of(progress, backend.usage, before), trees=len(store.done) - had)
+        write_json(summary, costs.to_json())
+        return costs
+
     with _bar() as bar, interruptible(signal.SIGTERM), closing(store):
         task = bar.add_task("trees", total=len(problems), completed=len(problems) - len(todo), rates="")
         grown = driver.grow(
@@ -140,8 +151,9 @@ def grow_into(
             for _, tree in grown:
                 store.add(tree.problem.id, tree.to_json())
                 bar.advance(task)
+                note()
         finally:
-            costs = _costs(summary, Costs.of(progress, backend.usage, before))
+            costs = note()
     return costs
 
 
@@ -226,15 +238,6 @@ def summarise(trees: Iterable[Tree]) -> dict[str, Any]:
         "nodes": nodes,
         "generated_tokens": tokens,
     }
-
-
-def _costs(path: Path, costs: Costs) -> Costs:
-    """Costs in the summary at ``path``, to which those of a run that made any rollout are added."""
-    known = Costs.read(path) or Costs()
-    if costs.rollouts:
-        known += costs
-        path.write_text(json.dumps(known.to_json(), indent=2) + "\n", encoding="utf-8")
-    return known
 
 
 def main(args: list[str]) -> int | None:

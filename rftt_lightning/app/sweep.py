@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from rich.live import Live
 from rich.table import Table
 
-from rftt_lightning.app.command import interruptible, make_folder, named_configs, run_command
+from rftt_lightning.app.command import interruptible, make_folder, named_configs, run_command, write_json
 from rftt_lightning.core.contracts import UserError
 
 POLL = 0.2
@@ -374,9 +374,7 @@ class Sweeper:
     def write(self) -> None:
         running = {name: process.pid for name, (process, *_) in self.running.items() if process.returncode is None}
         known = {"done": self.done, "seconds": self.seconds, "total": self.total, "running": running}
-        temporary = self.record.with_suffix(".tmp")
-        temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self.record)
+        write_json(self.record, known)
 
     def spent(self, name: str) -> float:
         now = time.monotonic()

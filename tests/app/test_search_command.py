@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import re
 import signal
@@ -16,9 +17,11 @@ import yaml
 
 from rftt_lightning.app import cli
 from rftt_lightning.app.plan import Costs, scaled
+from rftt_lightning.app.search import harvest
 from rftt_lightning.core.contracts import Status
 from rftt_lightning.core.tokens import TokenTable
 from rftt_lightning.search.driver import Progress, grow
+from rftt_lightning.search.expand import TokenExpander
 from rftt_lightning.search.store import manifest, read_trees, shards
 from scripted import ScriptedBackend, ScriptedReward, ScriptedSource
 
@@ -160,6 +163,21 @@ def test_seconds_of_an_interrupted_search_count(config, tmp_path, monkeypatch):
     assert search(config, "--overwrite", "true") == 0 and seconds() == 5.0
 
 
+@pytest.mark.parametrize("noted, seconds", [(4, 9.0 * COUNT / 4), (COUNT, 9.0), (0, math.nan)])
+def test_trees_whose_costs_were_lost_are_not_free(tmp_path, noted, seconds):
+    """Seven trees, of which the costs of so many survived, 9 s."""
+
+    def run():
+        given = (Source(), Fast(), TokenExpander(rollouts=ROLLOUTS), Reward())
+        return harvest(*given, tmp_path, seed=0, concurrency=2)
+
+    run()
+    kept = Costs(trees=noted, rollouts=1, seconds=9.0 if noted else 0.0)
+    (tmp_path / "summary.json").write_text(json.dumps(kept.to_json()))
+    grown, found = run()
+    assert len(grown) == COUNT and found == pytest.approx(seconds, nan_ok=True)
+
+
 def test_functional_tokens_work_in_place_of_prompts(config, tmp_path):
     tokens = ["--expander", "rftt_lightning.search.expand.TokenExpander", "--expander.rollouts", ROLLOUTS]
     assert search(config, *tokens) == 0
@@ -248,8 +266,8 @@ def test_a_plan_of_other_settings_is_not_shown(config, capsys):
     assert "real" in shown and "predicted" not in shown
 
 
-def begin(config: Path, out: Path) -> subprocess.Popen:
-    """A search in a process of its own that has stored some trees and not all."""
+def begin(config: Path, out: Path, count: int = 1) -> subprocess.Popen:
+    """A search in a process of its own that has stored so many trees, or a few more, and not all."""
     root = Path(__file__).resolve().parents[2]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests", root / "tests" / "app")))}
     slow = ["--backend", f"{__name__}.Slow", "--out", str(out)]
@@ -260,23 +278,28 @@ def begin(config: Path, out: Path) -> subprocess.Popen:
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
     )
-    while not any(path.read_bytes().count(b"\n") for path in shards(out, "trees")):
+    while sum(path.read_bytes().count(b"\n") for path in shards(out, "trees")) < count:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     return process
 
 
 def test_killed_and_resumed_is_straight(config, tmp_path):
-    process = begin(config, tmp_path / "out")
+    process = begin(config, tmp_path / "out", 2)
     process.kill()
     process.communicate()
     path = shards(tmp_path / "out", "trees")[0]
-    assert 0 < path.read_bytes().count(b"\n") < COUNT
+    grown = path.read_bytes().count(b"\n")
+    assert 0 < grown < COUNT
+    killed = Costs.read(tmp_path / "out" / "summary.json")
+    assert grown - 1 <= killed.trees <= grown and killed.seconds > 0
     with path.open("ab") as file:  # as if it had been killed while it wrote
         file.write(b'{"id":"scripted/6","problem":{"id":')
     assert search(config, "--concurrency", 3) == 0
     search(config, "--out", tmp_path / "straight")
     assert trees(tmp_path / "out") == trees(tmp_path / "straight")
+    costs = Costs.read(tmp_path / "out" / "summary.json")
+    assert costs.trees == COUNT - grown + killed.trees and costs.seconds > killed.seconds
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
