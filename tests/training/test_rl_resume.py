@@ -1,4 +1,4 @@
-"""A run of RL that is killed, at whatever moment, and goes on is the straight run, to the bit."""
+"""A run of RL that is killed or asked to stop, at whatever moment, and goes on is the straight run, to the bit."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import rftt_lightning.app.rl  # noqa: F401
-from rftt_lightning.app.cli import main
+from rftt_lightning.app.cli import INTERRUPTED, main
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
@@ -38,7 +38,11 @@ BOTH = {
     "trainer.refill": 1,
     "trainer.reward": json.dumps({"class_path": "scripted.LateReward", "init_args": {"wrong": 0.5}}),
 }
-VARIANTS = {"all": {}, "lora": {"model.trainable": "lora", "model.lora.rank": 4}}
+VARIANTS = {
+    "all": {},
+    "lora": {"model.trainable": "lora", "model.lora.rank": 4},
+    "rare": {"trainer.checkpoint_every": STEPS},
+}
 
 
 def fit(out: Path, variant: str) -> int:
@@ -82,8 +86,24 @@ def kill_at_random(folder: Path, variant: str) -> None:
     (folder / "kills.json").write_text(json.dumps({"whole": whole, "number, life, steps logged": killed}))
 
 
-def newest(out: Path) -> Path:
-    return out / "checkpoints" / f"step-{STEPS:06d}.pt"
+def ask_to_stop(folder: Path) -> None:
+    """A straight run, and one that gets a signal when it has logged a step, goes on, and gets the other signal then."""
+    assert ended(run(folder / "straight", "rare")) == 0
+    out, steps = folder / "stopped", 0
+    lines = out / "metrics.jsonl"
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        child = run(out, "rare")
+        while not lines.exists() or lines.read_bytes().count(b"\n") <= steps:
+            time.sleep(0.002)
+        os.kill(child, kind)
+        assert ended(child) == INTERRUPTED, kind
+        steps = lines.read_bytes().count(b"\n")
+        assert steps < STEPS and newest(out, steps).exists() and not newest(out).exists()
+    assert ended(run(out, "rare")) == 0
+
+
+def newest(out: Path, steps: int = STEPS) -> Path:
+    return out / "checkpoints" / f"step-{steps:06d}.pt"
 
 
 def same(one: object, other: object) -> bool:
@@ -97,25 +117,41 @@ def same(one: object, other: object) -> bool:
     return one == other
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_killed_at_random_moments_a_run_is_the_straight_run(tmp_path, variant):
-    code = f"from training.test_rl_resume import *; kill_at_random(Path({str(tmp_path)!r}), {variant!r})"
+def in_a_process(call: str) -> None:
+    """Run a function of this file in a process of its own, which forks before it has any thread."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=3000)
+    command = [sys.executable, "-c", f"from training.test_rl_resume import *; {call}"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def check_same(straight: Path, out: Path) -> None:
+    """What two runs leave behind is the same, bitwise."""
+    assert (out / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+    assert same(*(torch.load(newest(folder), weights_only=True) for folder in (out, straight)))
+    for folder in ("hf", "rollouts"):
+        names = [path.name for path in sorted((straight / folder).iterdir()) if path.suffix != ".json"]
+        assert names == [path.name for path in sorted((out / folder).iterdir()) if path.suffix != ".json"]
+        for name in names:
+            assert (out / folder / name).read_bytes() == (straight / folder / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", KILLS)
+def test_killed_at_random_moments_a_run_is_the_straight_run(tmp_path, variant):
+    in_a_process(f"kill_at_random(Path({str(tmp_path)!r}), {variant!r})")
     straight, *killed = [tmp_path / "straight", *sorted(tmp_path.glob("killed-*"))]
     state = torch.load(newest(straight), weights_only=True)
-    first = torch.load(tmp_path / "straight" / "checkpoints" / f"step-{STEPS - 2:06d}.pt", weights_only=True)
+    first = torch.load(newest(straight, STEPS - 2), weights_only=True)
     assert not same(state["model"], first["model"])
     metrics = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     assert sum(line["filtered"] for line in metrics) > 0 and max(line["problems"] for line in metrics) > 6
     for out in killed:
-        assert (out / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
-        assert same(torch.load(newest(out), weights_only=True), state)
-        for folder in ("hf", "rollouts"):
-            names = [path.name for path in sorted((straight / folder).iterdir()) if path.suffix != ".json"]
-            assert names == [path.name for path in sorted((out / folder).iterdir()) if path.suffix != ".json"]
-            for name in names:
-                assert (out / folder / name).read_bytes() == (straight / folder / name).read_bytes()
+        check_same(straight, out)
+
+
+@pytest.mark.slow
+def test_asked_to_stop_a_run_saves_its_step_and_goes_on_as_the_straight_run(tmp_path):
+    in_a_process(f"ask_to_stop(Path({str(tmp_path)!r}))")
+    check_same(tmp_path / "straight", tmp_path / "stopped")
