@@ -144,13 +144,13 @@ class StepStore:
 
     def prepare(self, settings: Mapping[str, Any], steps: int, done: int = 0) -> None:
         """By one process, before the others begin: make the folder, or find that of a run with the same settings, whose trees of
-        steps below ``steps`` stay; if it had other settings, those of steps below ``done``."""
+        steps below ``steps`` stay, as do those of the ``done`` ones; these alone if it had other settings."""
         asked = json.loads(json.dumps(dict(settings)))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             same = (self.folder / MANIFEST).exists() and manifest(self.folder, "trees")["settings"] == asked
             for path in self.folder.glob("trees-*"):
-                if int(path.name.split("-")[1]) >= (steps if same else done) or path.suffix == ".tmp":
+                if int(path.name.split("-")[1]) >= (max(steps, done) if same else done) or path.suffix == ".tmp":
                     path.unlink()
             if not same:  # not before others' trees are gone, or a run that is killed here would take them for its own
                 _write_manifest(self.folder, "trees", asked)

@@ -99,6 +99,8 @@ def test_tidying_leaves_the_other_processes_alone(tmp_path):
         ({"settings": {"seed": 1}}, []),
         ({"settings": {"seed": 1}, "done": 1}, [0]),
         ({"done": 1}, [0, 1]),
+        ({"steps": 1, "done": 2}, [0, 1]),
+        ({"steps": 0, "done": 1}, [0]),
     ],
 )
 def test_what_is_not_of_this_run_goes(tmp_path, more, left):

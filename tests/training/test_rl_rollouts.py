@@ -228,6 +228,12 @@ def test_a_run_that_begins_anew_grows_all_its_trees(run, grown, option):
     assert [path.name for path in (run / "rollouts").glob("trees-*")] == ["trees-000000-000.jsonl.gz"]
 
 
+def test_fewer_steps_than_are_done_lose_nothing(run, finished, grown):
+    assert fit(run, reward(wrong=0.5), "--trainer.keep=9", "--trainer.max_steps=2") == 0
+    assert grown == []
+    assert_equal(run, finished)
+
+
 def test_settings_change_where_it_is_said_so_and_what_was_done_stays(run, finished, grown, capfd):
     back_to(run, 2)
     other = [reward(wrong=0.5), "--trainer.keep=9", "--model.lr=0.1", "--model.betas=[0.5,0.6]"]
