@@ -49,8 +49,9 @@ def choose(ckpt_path: str | None, found: Sequence[Path], folder: str | Path) -> 
 
 class RunFolder:
     """``checkpoints/step-*.pt``, of which the newest ``keep`` stay; ``checkpoints/best-*.pt``, the weights that validated best;
-    ``metrics.jsonl``, a line a step, the same in every run with the same settings on the same machine; ``times.jsonl``, which is
-    not. Each file is whole or as it was, but for the last lines of the latter two."""
+    ``checkpoints/settings.pt``, by which a run is known before its first checkpoint; ``metrics.jsonl``, a line a step, the same in
+    every run with the same settings on the same machine; ``times.jsonl``, which is not. Each file is whole or as it was, but for
+    the last lines of the latter two."""
 
     def __init__(self, path: Path, keep: int) -> None:
         self.path, self.keep = path, keep
@@ -73,6 +74,17 @@ class RunFolder:
         known = [path for path in self.checkpoints("best") if steps_of(path) <= oldest]
         for beaten in known[:-1]:  # the last one is what a run that goes on at the oldest checkpoint has to beat
             beaten.unlink()
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """What is written from now on is of these settings."""
+        self._write("settings.pt", {"settings": settings})
+
+    def begun(self) -> dict[str, Any]:
+        """The ``settings`` of what is written here; empty before the first step or tree: a run that came to nothing binds none that
+        follows."""
+        written = (*self.path.glob("metrics.jsonl"), *self.path.glob("rollouts/trees-*"))
+        path = self.path / "checkpoints" / "settings.pt"
+        return read(path, "settings", "meta") if path.exists() and any(x.stat().st_size for x in written) else {}
 
     def best(self) -> float:
         """The best validation accuracy so far, -1 before the first."""

@@ -83,7 +83,7 @@ class RLTrainer:
             earlier.
         export: whose weights ``hf/`` gets, those of the ``last`` step or of the ``best`` checkpoint.
         accept_changes: go on at a checkpoint with settings that are not those it was written with (a lower model.lr after an
-            alarm, say). The run is then no longer what one config repeats.
+            alarm, say); before the first one the run begins anew. It is then no longer what one config repeats.
         concurrency, parallel, decode_batch: trees that grow together, rollouts under way in one, rows decoded together.
         cache_gb: GiB for the keys and values of prefixes while trees grow; given back before learning.
         seed: of sampling and of the shuffling into mini-batches; the problems' order has data.seed, added rows of the
@@ -621,15 +621,17 @@ class RLTrainer:
             self.folder.save_best(steps, accuracy, {"settings": settings, "model": model.weights_saved()})
 
     def _resume(self, model: RLModule, optimizer: Any, settings: dict[str, Any], ckpt_path: str | None) -> int:
-        """Go back to a checkpoint; returns the number of steps done."""
+        """Go back to a checkpoint; returns the number of steps done. A run that was killed before its first one is begun anew,
+        with the trees that it left, and may not have other settings either."""
         path, first = self.folder.choose(ckpt_path), 0
+        begun = {} if ckpt_path == "none" else self.folder.begun()
+        state = checkpoints.read(path, "settings", self.fabric.device) if path else begun
+        if (known := state.get("settings", settings)) != settings and not self.accept_changes:
+            raise UserError(
+                f"{path or self.out} was written with other settings ({differences(known, settings)}); give another "
+                "trainer.out, --ckpt_path none to begin anew, or --trainer.accept_changes true to go on with these"
+            )
         if path:
-            state = checkpoints.read(path, "settings", self.fabric.device)
-            if state["settings"] != settings and not self.accept_changes:
-                raise UserError(
-                    f"{path} was written with other settings ({differences(state['settings'], settings)}); give another "
-                    "trainer.out, --ckpt_path none to begin anew, or --trainer.accept_changes true to go on with these"
-                )
             if "optimizer" not in state:
                 raise UserError(f"{path} has weights alone, to validate; training goes on at one of step-*.pt")
             model.load_weights(state["model"])
@@ -642,6 +644,7 @@ class RLTrainer:
         self.fabric.barrier()  # all have read it
         if self.is_global_zero:
             self.folder.rewind(first)
+            self.folder.begin(settings)
         self.fabric.barrier()
         return first
 

@@ -17,7 +17,7 @@ from rftt_lightning.search.store import read_trees
 from rftt_lightning.tiny.countdown import Countdown
 from rftt_lightning.training import loop
 from rftt_lightning.training.problems import ProblemDataModule
-from training.test_rl import fit, gradients, learned, said, same  # noqa: F401  a fixture
+from training.test_rl import contents, fit, gradients, learned, said, same  # noqa: F401  a fixture
 
 HALF = {"class_path": "scripted.LateReward", "init_args": {"wrong": 0.5}}
 ONE = ["--trainer.max_steps=1", "--trainer.mini_batches=1", "--trainer.gradient_clip=1e9"]
@@ -220,12 +220,31 @@ def test_trees_of_another_policy_are_grown_anew(run, finished, grown):
     assert_equal(run, finished)
 
 
-@pytest.mark.parametrize("option", ["--ckpt_path=none", "--trainer.seed=1"])
-def test_a_run_that_begins_anew_grows_all_its_trees(run, grown, option):
+@pytest.mark.parametrize("options", [["--ckpt_path=none"], ["--trainer.seed=1", "--trainer.accept_changes=true"]])
+def test_a_run_that_begins_anew_grows_all_its_trees(run, grown, options):
     back_to(run, 0)
-    assert fit(run, reward(wrong=0.5), "--trainer.max_steps=1", option) == 0
+    assert fit(run, reward(wrong=0.5), "--trainer.max_steps=1", *options) == 0
     assert len(grown) == 4
     assert [path.name for path in (run / "rollouts").glob("trees-*")] == ["trees-000000-000.jsonl.gz"]
+
+
+@pytest.mark.parametrize("gone", ["metrics.jsonl", "rollouts"])
+def test_a_run_without_a_checkpoint_does_not_go_on_with_other_settings_and_is_left_as_it_was(run, capfd, gone):
+    """Whatever it has written so far."""
+    back_to(run, 0)
+    left = run / gone
+    shutil.rmtree(left) if left.is_dir() else left.unlink()
+    before = contents(run)
+    assert fit(run, reward(wrong=0.5), "--trainer.seed=1") == 2
+    assert f"{run} was written with other settings (trainer.seed: 0 there, 1 here)" in said(capfd)
+    assert contents(run) == before
+
+
+def test_a_run_that_came_to_nothing_binds_none_that_follows(run):
+    back_to(run, 0)
+    shutil.rmtree(run / "rollouts")
+    (run / "metrics.jsonl").write_text("")
+    assert fit(run, reward(wrong=0.5), "--trainer.max_steps=1", "--trainer.seed=1") == 0
 
 
 def test_fewer_steps_than_are_done_lose_nothing(run, finished, grown):
