@@ -216,6 +216,7 @@ class RLTrainer:
             module, optimizer = self.fabric.setup(model, model.configure_optimizers())
             model.reset_reference()  # on the device
             settings = self._settings(model, datamodule)
+            self.keep_reference = bool(model.hparams.reference_reset)  # else it is the model that training began with
             first = self._resume(model, optimizer, settings, ckpt_path)
             self.store = self._open_store(settings, first, anew=ckpt_path == "none")
             self.logger = TensorBoardLogger(str(self.out), name="", version="", purge_step=first)
@@ -611,7 +612,7 @@ class RLTrainer:
         """Write a checkpoint; no rank goes on before that. One that ended, as after a stop, would have the others killed."""
         if self.is_global_zero:
             state = {"settings": settings, "model": model.weights_saved(), "optimizer": optimizer.state_dict()}
-            if model.hparams.reference_reset:
+            if self.keep_reference:
                 state["reference"] = model.reference
             self.folder.save(steps, state)
         self.fabric.barrier()
@@ -640,6 +641,7 @@ class RLTrainer:
             for group, options in zip(optimizer.param_groups, asked, strict=True):
                 group.update(options)  # the moments are the checkpoint's, betas and weight decay those of now
             model.reference = state.get("reference", model.reference)
+            self.keep_reference |= "reference" in state  # also where it is no more reset
             first = int(state["steps"])
         self.fabric.barrier()  # all have read it
         if self.is_global_zero:

@@ -167,3 +167,14 @@ def test_the_reference_is_reset_when_it_is_said(tmp_path):
     assert fit(tmp_path, *late(0.0), "--trainer.max_steps=5", "--model.reference_reset=2", "--model.lr=0.01") == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [abs(line["kl"]) < 1e-6 for line in lines] == [True, False, True, False, True]
+
+
+def test_a_reference_that_is_no_more_reset_stays(tmp_path):
+    """Also when the run goes on a second time."""
+    options = [*late(0.0), "--model.lr=0.01", "--trainer.keep=9"]
+    assert fit(tmp_path, *options, "--trainer.max_steps=3", "--model.reference_reset=2") == 0
+    options += ["--trainer.max_steps=5", "--trainer.accept_changes=true"]
+    assert fit(tmp_path, *options) == 0
+    straight = (tmp_path / "metrics.jsonl").read_bytes()
+    assert fit(tmp_path, *options, f"--ckpt_path={tmp_path / 'checkpoints/step-000004.pt'}") == 0
+    assert (tmp_path / "metrics.jsonl").read_bytes() == straight
