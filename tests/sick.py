@@ -151,17 +151,21 @@ def step_metrics(step: int, seed: int, ill: Illness) -> dict[str, float]:
         tree.leaves = [(leaf, _late(score) if rng.random() < ill.late else score) for leaf, score in tree.leaves]
     rollouts = [rollout for tree in trees for rollout in tree.rollouts()]
     verdicts = [rollout.score.verdict.status for rollout in rollouts]
-    sampled = torch.tensor([p for rollout in rollouts for s in rollout.segments for p in s.logprobs])
+    judged = [rollout for rollout in rollouts if rollout.score.verdict.status is not Status.TIMED_OUT]
+    sampled = torch.tensor([p for rollout in judged for s in rollout.segments for p in s.logprobs])
     trainer = sampled + ill.gap * torch.tensor([rng.choice((-1.0, 1.0)) for _ in sampled])
     reference = trainer - ill.left * torch.tensor([rng.expovariate(1) for _ in sampled])
     everywhere = torch.ones_like(sampled)
-    return {
-        "step": step,
-        "reward": sum(sum(r.score.rewards) for r in rollouts) / len(rollouts),
-        "accuracy": verdicts.count(Status.RIGHT) / len(rollouts),
-        "rollouts": float(len(rollouts)),
+    learned = {
+        "reward": sum(sum(r.score.rewards) for r in judged) / max(len(judged), 1),
         "kl": float((trainer - reference).mean()),
         "sampler_gap": float(sampler_gap(trainer, sampled, everywhere, lambda x: x)),
+    }
+    return {
+        "step": step,
+        **(learned if judged else {}),
+        "accuracy": verdicts.count(Status.RIGHT) / len(rollouts),
+        "rollouts": float(len(rollouts)),
         **measures.rates(measures.count(trees, EXPANDER.table, Guess(share=ill.share))),
         **{f"verdicts/{status}": float(verdicts.count(status)) for status in Status},
     }
@@ -201,4 +205,6 @@ ILL: dict[str, tuple[str, Callable[[float], Illness]]] = {  # what is done to th
     "problems are too hard": ("dead_groups", lambda s: Illness(share=0.4 * (1 - s) + 0.003)),
     "problems are too easy": ("dead_groups", lambda s: Illness(share=0.4 + 0.597 * s)),
     "the checker is overloaded": ("checker_timeouts", lambda s: Illness(late=0.3 * s)),
+    "the checker hardly answers": ("checker_timeouts", lambda s: Illness(late=0.97 * s)),
+    "the checker is down": ("checker_timeouts", lambda s: Illness(late=1.0 * s)),
 }

@@ -358,6 +358,7 @@ SICKNESSES = (
         ("verdicts/timed_out", "rollouts"),
         "a longer time limit of the answer checker or fewer processes beside it; if the answers cannot be judged, "
         "trainer.drop_timed_out: false teaches to leave them",
+        follows=("dead_groups",),
     ),
 )
 

@@ -48,6 +48,8 @@ PRECISIONS = ("32-true", "bf16-mixed")
 """Weights are in float32 in both: in half precision most of RL's small updates would be rounded away."""
 STRATEGIES = ("auto", "ddp")
 """With each the weights are whole on each device, as rollouts need them."""
+OF_LEARNED = ("reward", "kl", "sampler_gap", "sampler_gap_alarm")
+"""Metrics of the rollouts that a step learns from; absent where there are none, for zeros would be taken for measured."""
 MANY_TIMED_OUT = 0.05
 """Share of a step's rollouts; if the verdicts of more have timed out, a warning says so."""
 
@@ -504,7 +506,7 @@ class RLTrainer:
         self, trees: Sequence[Tree], source: ProblemSource, judged: float, learned: float, batch: RLBatch
     ) -> dict[str, float]:
         """Metrics of a step over all ranks: accuracy and what :mod:`measures` names are those of all rollouts, reward, KL and the
-        sampler's gap those of the ``learned`` ones in ``batch``; ``judged`` is how many were not dropped."""
+        sampler's gap those of the ``learned`` ones in ``batch`` (:data:`OF_LEARNED`); ``judged`` is how many were not dropped."""
         judged, learned = self.ranks.total(judged), self.ranks.total(learned)
         tokens = self.ranks.sum(batch.mask_BT.sum()).clamp(min=1)
         kl = self.ranks.sum(((batch.old_BT - batch.reference_BT) * batch.mask_BT).sum()) / tokens
@@ -514,7 +516,7 @@ class RLTrainer:
         found = self._verdicts([rollout for tree in trees for rollout in tree.rollouts()])
         sums = measures.count(trees, self.expander.table, source)
         total = self.ranks.sum(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
-        return {
+        metrics = {
             "reward": float(self.ranks.sum(batch.rewards_BT.sum()) / max(learned, 1.0)),
             "accuracy": found["accuracy"],
             "accuracy_low": found["low"],
@@ -529,6 +531,7 @@ class RLTrainer:
             **measures.rates(dict(zip(sums, total, strict=True))),
             **{f"verdicts/{status}": float(count) for status, count in found["verdicts"].items()},
         }
+        return {name: value for name, value in metrics.items() if learned or name not in OF_LEARNED}
 
     def _verdicts(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
         """What :class:`AnswerAccuracy` says of the rollouts of all ranks."""
@@ -553,7 +556,7 @@ class RLTrainer:
             return
         self.logger.log_metrics(metrics | times, step)
         self.folder.log(step, metrics, times)
-        if metrics["sampler_gap_alarm"]:
+        if metrics.get("sampler_gap_alarm"):
             warnings.warn(
                 f"step {step}: sampled tokens differ by {metrics['sampler_gap']:.3f} nats between sampler and trainer in the mean "
                 f"(trainer.gap_alarm {self.gap_alarm}); does the sampler prune (top_p, min_prior), or has it other weights or "
@@ -688,7 +691,8 @@ def _signals(trainer: RLTrainer) -> Iterator[None]:
 
 def _rates(metrics: dict[str, float]) -> str:
     validated = f"  validation {100 * metrics['validation/accuracy']:.1f} %" if "validation/accuracy" in metrics else ""
-    return f"reward {metrics['reward']:.3f}  right {100 * metrics['accuracy']:.1f} %  kl {metrics['kl']:.3f}{validated}"
+    reward, kl = (f"{name} {metrics[name]:.3f}  " if name in metrics else "" for name in ("reward", "kl"))
+    return f"{reward}{kl}right {100 * metrics['accuracy']:.1f} %{validated}"
 
 
 def _times(clock: Sequence[float], progress: driver.Progress) -> dict[str, float]:

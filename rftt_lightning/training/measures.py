@@ -120,7 +120,8 @@ def rates(sums: Mapping[str, float]) -> dict[str, float]:
                                   tag; absent if there were none
     ``repair/…``                  shares of rollouts: ``checked`` themselves, ``wrong_to_right``, ``right_to_wrong`` between the
                                   attempt before the first check and the end, and ``net``, the difference of the two
-    ``groups/…``                  shares of problems: ``all_right``, ``all_wrong``, ``mixed`` (of verdicts in time)
+    ``groups/…``                  shares of problems: ``all_right``, ``all_wrong``, ``mixed`` (of verdicts in time; absent if
+                                  there were none)
     ``tree/…``                    ``depth``: segments of a rollout; ``branching``: visited children of a node that has any;
                                   ``visited``: share of planned nodes; ``duplicates``: share of rollouts that repeat another
     ============================  ==========================================================================================
@@ -135,7 +136,11 @@ def rates(sums: Mapping[str, float]) -> dict[str, float]:
         "repair/wrong_to_right": sums["wrong_to_right"] / n,
         "repair/right_to_wrong": sums["right_to_wrong"] / n,
         "repair/net": (sums["wrong_to_right"] - sums["right_to_wrong"]) / n,
-        **{f"groups/{kind}": sums[kind] / max(sums["problems"], 1) for kind in ("all_right", "all_wrong", "mixed")},
+        **{
+            f"groups/{kind}": sums[kind] / sums["problems"]
+            for kind in ("all_right", "all_wrong", "mixed")
+            if sums["problems"]
+        },
         "tree/depth": sums["segments"] / n,
         "tree/branching": sums["visited"] / max(sums["inner"], 1),
         "tree/visited": sums["visited"] / max(sums["planned"], 1),

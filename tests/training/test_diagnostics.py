@@ -123,6 +123,13 @@ def test_an_alarm_begins_and_ends_after_patience_and_names_the_step():
     assert [(a.since, a.until) for a in again.alarms] == [(3, 7), (10, None)]
 
 
+def test_steps_that_do_not_measure_it_leave_an_alarm_as_it_is():
+    """No step without rollouts to learn from has a KL; that is not a KL of 0."""
+    rows = kl(*[2.0] * 12) + [{"step": step, "accuracy": 0.0} for step in range(12, 40)]
+    (alarm,) = diagnose(rows).alarms
+    assert (alarm.name, alarm.until) == ("kl_explosion", None)
+
+
 def test_a_token_that_takes_all_where_none_stood_at_the_start():
     """Tags as text, no warm-up: the first window has no functional token."""
     diagnosis = Diagnosis(Thresholds(window=2, patience=1))

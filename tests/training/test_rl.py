@@ -343,6 +343,16 @@ def test_what_timed_out_is_as_if_it_were_not_there_or_is_learned_from(gradients,
 def test_a_step_whose_verdicts_all_timed_out_changes_nothing(gradients, tmp_path):
     nothing, line = gradients(*late(1.0), "--model.weight_decay=0.1")
     assert not nothing and line["dropped"] == line["rollouts"] > 0
+    absent = {
+        "reward",
+        "kl",
+        "sampler_gap",
+        "sampler_gap_alarm",
+        "groups/mixed",
+        "groups/all_right",
+        "groups/all_wrong",
+    }
+    assert not absent & line.keys(), "they would be those of no rollout"
     start = load(BASE, "float32")[0].state_dict()
     end = learned(tmp_path / "run-0")[1]
     assert all(torch.equal(end[name][: len(start[name])], start[name]) for name in start)

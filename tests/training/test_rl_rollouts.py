@@ -84,6 +84,7 @@ def test_what_timed_out_makes_no_group_alive(gradients):  # noqa: F811
     assert not nothing and "loss" not in line
     assert line["dropped"] == line["verdicts/timed_out"] > 0
     assert line["filtered"] == line["rollouts"] - line["dropped"]
+    assert not {"reward", "kl", "sampler_gap", "sampler_gap_alarm"} & line.keys() and line["groups/all_right"] == 1
 
 
 def test_as_many_further_problems_are_rolled_out_as_were_left_out(tmp_path):
