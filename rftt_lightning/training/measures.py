@@ -32,7 +32,6 @@ def count(trees: Sequence[Tree], table: TokenTable, source: ProblemSource) -> di
         _count_paths(sums, paths)
         _count_nodes(sums, tree)
     for found in attempts([path for paths in rollouts for path in paths], source, table):
-        sums["checked"] += 1
         sums["wrong_to_right"] += found == (False, True)
         sums["right_to_wrong"] += found == (True, False)
     return sums
@@ -42,6 +41,7 @@ def _count_paths(sums: dict[str, float], paths: Sequence[Rollout]) -> None:
     for path in paths:
         sums["rollouts"] += 1
         sums["complete"] += path.complete
+        sums["checked"] += any(segment.tag in CHECKS for segment in path.segments)
         sums["tokens"] += path.length
         sums["segments"] += len(path.segments)
         sums["unclosed"] += sum(not segment.closed for segment in path.segments)
@@ -90,20 +90,23 @@ def attempts(
     rollouts: Sequence[Rollout], source: ProblemSource, table: TokenTable, checks: Sequence[str] = CHECKS
 ) -> list[tuple[bool | None, bool]]:
     """For each rollout that checks itself: was the attempt before the first of ``checks`` right (None: there was none that had come
-    to an answer, :meth:`ProblemSource.attempted`), and is the end? Attempts that are the same are judged once, all in one batch."""
+    to an answer, :meth:`ProblemSource.attempted`), and is the end? Attempts that are the same are judged once, all in one batch.
+    A rollout of which either verdict timed out is left out: nothing is known of it."""
     asked: dict[tuple[str, str], tuple[Problem, str]] = {}
     pairs: list[tuple[tuple[str, str] | None, bool]] = []
     for rollout in rollouts:
         first = next((i for i, segment in enumerate(rollout.segments) if segment.tag in checks), None)
-        if first is None:
+        verdict = rollout.score.verdict if rollout.score else None
+        if first is None or (verdict and verdict.status is Status.TIMED_OUT):
             continue
         key, steps = None, rollout.steps[:first]
         if source.attempted(rollout.problem, steps):
             key = rollout.problem.id, table.render(steps)
             asked[key] = rollout.problem, key[1]
-        pairs.append((key, bool(rollout.score and rollout.score.verdict.right)))
+        pairs.append((key, bool(verdict and verdict.right)))
     judged = dict(zip(asked, source.judge_many(list(asked.values())), strict=True)) if asked else {}
-    return [(judged[key].right if key else None, after) for key, after in pairs]
+    late = {key for key, verdict in judged.items() if verdict.status is Status.TIMED_OUT}
+    return [(judged[key].right if key else None, after) for key, after in pairs if key not in late]
 
 
 def rates(sums: Mapping[str, float]) -> dict[str, float]:
@@ -119,7 +122,8 @@ def rates(sums: Mapping[str, float]) -> dict[str, float]:
                                   the greatest possible: 0 certain, 1 uniform; ``boundary_entropy/<tag>`` after segments of the
                                   tag; absent if there were none
     ``repair/…``                  shares of rollouts: ``checked`` themselves, ``wrong_to_right``, ``right_to_wrong`` between the
-                                  attempt before the first check and the end, and ``net``, the difference of the two
+                                  attempt before the first check and the end (neither if a verdict of the two timed out), and
+                                  ``net``, the difference of these
     ``groups/…``                  shares of problems: ``all_right``, ``all_wrong``, ``mixed`` (of verdicts in time; absent if
                                   there were none)
     ``tree/…``                    ``depth``: segments of a rollout; ``branching``: visited children of a node that has any;

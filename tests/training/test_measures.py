@@ -84,6 +84,36 @@ def test_a_check_on_the_way_to_an_answer_is_no_repair(domain, steps, pair, tmp_p
     assert measures.attempts([rollout], source, TABLE) == [pair]
 
 
+class Slow(Guess):
+    """Verdicts on "slow" time out, "12" is right; every attempt is one."""
+
+    def attempted(self, problem, steps):
+        return True
+
+    def judge(self, problem, response):
+        statuses = {"slow": Status.TIMED_OUT, "12": Status.RIGHT}
+        return Verdict(next((status for text, status in statuses.items() if text in response), Status.WRONG))
+
+
+@pytest.mark.parametrize(
+    ("attempt", "end", "pairs"),
+    [("11", "right", [(False, True)]), ("slow", "right", []), ("12", "timed_out", []), ("slow", "timed_out", [])],
+)
+def test_a_verdict_that_timed_out_makes_no_repair_and_breaks_nothing(attempt, end, pairs):
+    """Such a rollout has checked itself all the same."""
+    tree = Tree(Problem("p", "q"), (1,))
+    (first,) = tree.plan(0, [Plan("next_step", 1.0)])
+    tree.fill(first, Segment("next_step", (2,), (-1.0,), (0,), attempt, True, {"verify": 1.0}))
+    (node,) = tree.plan(first, [Plan("verify", 1.0)])
+    tree.fill(node, Segment("verify", (3,), (-1.0,), (0,), "x", True, {"output": 1.0}))
+    tree.end(node, True)
+    tree.backup(node, Score(Verdict(Status(end)), 0.0, (0.0, 0.0)))
+    assert measures.attempts(tree.rollouts(), Slow(), TABLE) == pairs
+    found = measures.rates(measures.count([tree], TABLE, Slow()))
+    repaired = float(pairs == [(False, True)])
+    assert [found[f"repair/{name}"] for name in ("checked", "wrong_to_right", "net")] == [1.0, repaired, repaired]
+
+
 def test_nodes_count_once(trees, found):
     written = [(tree, node) for tree in trees for node in range(1, len(tree)) if tree.visits[node]]
     parents = {(id(tree), tree.parent[node]) for tree, node in written}
