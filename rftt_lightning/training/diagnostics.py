@@ -292,8 +292,8 @@ def _above(trends: Trends, name: str, limit: float, unit: str) -> str | None:
 
 @dataclass(frozen=True)
 class Sickness:
-    """A ``rule``, whose name is the sickness's; the metrics that it ``needs``; what ``follows`` from it, its symptom and no alarm
-    of its own while it holds; and what to try."""
+    """A ``rule``, whose name is the sickness's; the metrics that it ``needs``; what ``follows`` from it, and does not begin to ring
+    once it has begun; and what to try."""
 
     rule: Callable[[Trends], str | None]
     needs: tuple[str, ...]
@@ -366,11 +366,13 @@ NAMES = tuple(sickness.name for sickness in SICKNESSES)
 
 
 class Diagnosis:
-    """Steps in their order -> alarms. ``alarms`` are all so far, in the order in which they began; pure but for what it is told."""
+    """Steps in their order -> alarms. ``begun`` are the sicknesses that have begun and are not over; one of them rings, that is,
+    comes to be in ``alarms``, as soon as no other one explains it, and stays there. Pure but for what it is told."""
 
     def __init__(self, limits: Thresholds = Thresholds()) -> None:
         self.limits, self.trends = limits, Trends(limits)
         self.alarms: list[Alarm] = []
+        self.begun: dict[str, Alarm] = {}
         self._open: dict[str, int] = {}  # place in alarms
         self._turning: dict[str, list[int]] = {}  # steps together that speak for a beginning, or an end
 
@@ -379,38 +381,38 @@ class Diagnosis:
         step = int(metrics["step"])
         self.trends.add({k: v for k, v in metrics.items() if k != "step"})
         held = {s.name: evidence for s in SICKNESSES if (evidence := s.rule(self.trends))}
-        symptoms = {s.name: tuple(name for name in s.follows if name in held) for s in SICKNESSES if s.name in held}
-        explained = {name for names in symptoms.values() for name in names}
-        return [alarm for s in SICKNESSES if (alarm := self._turn(s, step, held, symptoms, explained))]
+        over = [alarm for s in SICKNESSES if (alarm := self._turn(s, step, held))]
+        explained = {name for s in SICKNESSES if s.name in self.begun for name in s.follows}
+        ringing = len(self.alarms)
+        for name, alarm in self.begun.items():
+            if name in self._open:
+                self.alarms[self._open[name]] = alarm
+            elif name not in explained:
+                self._open[name] = len(self.alarms)
+                self.alarms.append(alarm)
+        return over + self.alarms[ringing:]
 
-    def _turn(
-        self,
-        sickness: Sickness,
-        step: int,
-        held: Mapping[str, str],
-        symptoms: Mapping[str, tuple[str, ...]],
-        explained: set[str],
-    ) -> Alarm | None:
-        """Count towards a beginning or an end; the alarm that begins or ends."""
-        name, place = sickness.name, self._open.get(sickness.name)
-        sick = name in held and name not in explained
-        if place is not None and sick:  # its evidence is that of the last step at which it held
-            self.alarms[place] = replace(self.alarms[place], evidence=held[name], symptoms=symptoms[name])
-        turning = self._turning.setdefault(name, [])
-        if sick == (place is not None):
+    def _turn(self, sickness: Sickness, step: int, held: Mapping[str, str]) -> Alarm | None:
+        """Count towards a beginning or an end, whether it rings or not; the alarm that ends."""
+        name, turning = sickness.name, self._turning.setdefault(sickness.name, [])
+        if (name in held) == (name in self.begun):
             turning.clear()
-            return None
-        turning.append(step)
-        if len(turning) < self.limits.patience:
-            return None
-        since = turning[0]
-        turning.clear()
-        if place is not None:
-            self.alarms[self._open.pop(name)] = ended = replace(self.alarms[place], until=since)
-            return ended
-        self._open[name] = len(self.alarms)
-        self.alarms.append(Alarm(name, since, held[name], sickness.advice, None, symptoms[name]))
-        return self.alarms[-1]
+        else:
+            turning.append(step)
+        if len(turning) == self.limits.patience:
+            since = turning[0]
+            turning.clear()
+            if name in self.begun:
+                over = replace(self.begun.pop(name), until=since)
+                if name not in self._open:
+                    return None
+                self.alarms[self._open.pop(name)] = over
+                return over
+            self.begun[name] = Alarm(name, since, held[name], sickness.advice)
+        if name in held and name in self.begun:  # its evidence is that of the last step at which it held
+            symptoms = tuple(other for other in sickness.follows if other in held)
+            self.begun[name] = replace(self.begun[name], evidence=held[name], symptoms=symptoms)
+        return None
 
     @property
     def lasting(self) -> list[Alarm]:
@@ -460,8 +462,8 @@ class Diagnostics(Callback):
     Args:
         thresholds: when a sickness counts as one.
         every: steps from one set of pictures to the next; 0 draws none.
-        stop_on: names of sicknesses whose beginning ends the run, which saves its step and says why. A run that is started again
-            goes on: only what begins in the steps to come ends it.
+        stop_on: names of sicknesses whose beginning, also as the symptom of another one, ends the run, which saves its step and
+            says why. A run that is started again goes on: only what begins in the steps to come ends it.
 
     Raises :class:`UserError` for a name that is no sickness.
     """
@@ -488,12 +490,14 @@ class Diagnostics(Callback):
         if not trainer.is_global_zero:
             return
         step, writer = int(metrics["step"]), trainer.logger.experiment
+        before = set(self.diagnosis.begun)
         for alarm in self.diagnosis.tell(metrics):
             text = f"{alarm}." if alarm.until is None else f"{alarm.name} is over since step {alarm.until}."
             warnings.warn(text, stacklevel=2)
             writer.add_text("alarms", text, step)
-            if alarm.until is None and alarm.name in self.stop_on:
-                trainer.stop(f"stopped by stop_on of Diagnostics: {text}")
+        for name, alarm in self.diagnosis.begun.items():
+            if name in self.stop_on and name not in before:
+                trainer.stop(f"stopped by stop_on of Diagnostics: {alarm}.")
         lasting = {alarm.name for alarm in self.diagnosis.lasting}
         for name in NAMES:
             writer.add_scalar(f"alarms/{name}", float(name in lasting), step)

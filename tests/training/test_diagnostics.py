@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -144,6 +145,50 @@ def test_tell_gives_what_begins_and_ends_once():
     for row in kl(0, 0, 2, 2, 2, 2, 0, 0, 0, 0, 0):
         rung += [(alarm.name, alarm.until is not None) for alarm in diagnosis.tell(row)]
     assert rung == [("kl_explosion", False), ("kl_explosion", True)]
+
+
+def clogged(dead: str, late: str):
+    """Are all groups of a step dead, which a checker that comes too late explains? A rule holds at the second of two such steps."""
+    for step, (d, t) in enumerate(zip(dead, late, strict=True)):
+        groups = {"groups/mixed": 1.0 - int(d), "groups/all_right": float(d), "groups/all_wrong": 0.0}
+        yield {"step": step, **groups, "rollouts": 100.0, "verdicts/timed_out": 9.0 * int(t)}
+
+
+@pytest.mark.parametrize(
+    ("dead", "late", "alarms"),
+    [
+        (
+            "1" * 16,
+            "0000111100001111",
+            {("dead_groups", 1, None), ("checker_timeouts", 5, 8), ("checker_timeouts", 13, None)},
+        ),
+        ("1" * 10, "0110110110", {("dead_groups", 1, None)}),
+        ("1" * 12, "1" * 12, {("checker_timeouts", 1, None)}),
+        ("1" * 12, "111111000000", {("checker_timeouts", 1, 6), ("dead_groups", 1, None)}),
+        ("111111000000", "1" * 12, {("checker_timeouts", 1, None)}),
+        ("000011110000", "1" * 12, {("checker_timeouts", 1, None)}),
+    ],
+    ids=["explained once it rings", "by what never begins", "together", "cause over", "symptom over", "symptom later"],
+)
+def test_what_has_begun_explains_what_does_not_ring_yet(dead, late, alarms):
+    """Momentary holds explain nothing, and an alarm that rings is over when its own rule is."""
+    found = diagnose(clogged(dead, late), Thresholds(window=2, patience=3)).alarms
+    assert len(found) == len(alarms) and {(a.name, a.since, a.until) for a in found} == alarms
+
+
+@pytest.mark.filterwarnings("ignore:checker_timeouts")
+def test_a_symptom_stops_the_run_too():
+    stops, step = [], []
+    writer = SimpleNamespace(add_text=lambda *_: None, add_scalar=lambda *_: None)
+    trainer = SimpleNamespace(is_global_zero=True, logger=SimpleNamespace(experiment=writer))
+    trainer.stop = lambda reason: stops.append((step[-1], reason))
+    callback = Diagnostics(every=0, stop_on=["dead_groups"])
+    callback.diagnosis = Diagnosis(Thresholds(window=2, patience=3))
+    for row in clogged("000011110000", "1" * 12):
+        step.append(row["step"])
+        callback.on_step_end(trainer, None, row, [])
+    ((when, reason),) = stops
+    assert when == 7 and reason.startswith("stopped by stop_on of Diagnostics: dead_groups since step 5: all right")
 
 
 def test_in_pieces_is_in_one():
