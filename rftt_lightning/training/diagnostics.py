@@ -40,8 +40,9 @@ class Thresholds:
         window: steps whose median is compared, at least 2; nothing that compares with the start is said before twice as many.
         patience: steps together for which a rule must hold before its alarm begins, and must not before it ends.
         sigmas: standard errors by which a change must exceed the noise.
-        gain: accuracy in [0, 1]; a run that gained this much and more than the noise since its start, and lost none of it, gets
-            better, and what else changes (shorter, longer, fewer kinds of tokens) is how it does so.
+        gain: accuracy in [0, 1]; a run that gained this much and more than the noise since its start (or kept what it had, if less
+            was missing), and lost none of it, gets better, and what else changes (shorter, longer, fewer kinds of tokens) is how
+            it does so.
         token_share: share of all segments above which one functional token takes all.
         token_gone: share of its start below which a token that made at least 5 % of the segments is no more used.
         certain: share of its start below which the entropy at boundaries is gone; uniform: of the greatest possible one, above
@@ -188,11 +189,12 @@ class Trends:
 
     def better(self) -> bool:
         """Did the accuracy gain since the start, and keep what it gained? Too early to say counts as yes, and half the ``sigmas``
-        are enough."""
+        are enough. Where it began too near to 1 to gain so much, it is enough that it does not lose so much."""
         trend = self.changed("accuracy")
         if trend is None:
             return True
-        gained = trend.now - trend.start > max(self.limits.gain, self.limits.sigmas / 2 * trend.error)
+        real = max(self.limits.gain, self.limits.sigmas / 2 * trend.error)
+        gained = trend.now - trend.start > (real if trend.start + real < 1 else -real)
         lost = trend.peak - trend.now > max((trend.peak - trend.start) / 2, self.limits.sigmas * trend.error)
         return gained and not lost
 

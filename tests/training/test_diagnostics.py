@@ -104,6 +104,18 @@ def test_noise_does_not_ring(path, seed):
     assert names(shaken) == []
 
 
+@pytest.mark.parametrize(("end", "rings"), [(0.97, []), (0.94, []), (0.8, ["reward_without_accuracy"])])
+def test_a_run_that_begins_near_the_ceiling_is_healthy_if_it_stays_there(end, rings):
+    """Its process reward rises, and its answers get shorter."""
+    rng, rows = random.Random(0), []
+    for step in range(40):
+        done = min(step / 20, 1.0)
+        right = sum(rng.random() < 0.97 + done * (end - 0.97) for _ in range(192))
+        means = {"accuracy": right / 192, "reward": 1.2 + 0.6 * done, "length": 80.0 - 50.0 * done}
+        rows.append({"step": step, "rollouts": 192.0, **means})
+    assert names(rows) == rings
+
+
 # -- beginning and end ------------------------------------------------------------------------------------------------------
 
 
@@ -135,7 +147,7 @@ def test_a_token_that_takes_all_where_none_stood_at_the_start():
     """Tags as text, no warm-up: the first window has no functional token."""
     diagnosis = Diagnosis(Thresholds(window=2, patience=1))
     for step, count in enumerate((0.0, 0.0, 3.0, 3.0)):
-        diagnosis.tell({"step": step, "accuracy": 0.5, "functional_tokens/next_step": count})
+        diagnosis.tell({"step": step, "rollouts": 100.0, "accuracy": 0.5, "functional_tokens/next_step": count})
     (alarm,) = diagnosis.lasting
     assert alarm.name == "token_collapse" and alarm.evidence.endswith("100 % of the segments (0 % at the start)")
 
