@@ -261,10 +261,10 @@ class RLTrainer:
                 stop = bool(self.ranks.total(self.stop_asked))
                 if stop or (step + 1) % self.checkpoint_every == 0 or step + 1 == self.max_steps:
                     self._save(step + 1, model, optimizer, settings)
-                if stop and (reason := self.strategy.broadcast(self.stop_reason)):
-                    raise UserError(reason)
+                if stop and not self.is_global_zero:  # Fabric kills rank zero where another rank ends with a status
+                    raise SystemExit
                 if stop:
-                    raise KeyboardInterrupt
+                    raise UserError(self.stop_reason) if self.stop_reason else KeyboardInterrupt
 
     def stop(self, reason: str) -> None:
         """End the run after this step and its checkpoint, by a :class:`UserError` of this line; asked for on rank zero."""
